@@ -1,0 +1,30 @@
+"""Everything this package raises on purpose.
+
+ErnieMBatchError
+├── ConfigError        a run or a model cannot start; the message names the field and the remedy
+├── CheckpointError    a model folder is incomplete, damaged or of another shape
+├── RecordError        one record is unusable; becomes a Failure, never stops a job
+└── JobError           a batch job cannot go on
+
+No message ever holds document text: ids, lengths, positions and type names only.
+"""
+
+
+class ErnieMBatchError(Exception):
+    """Base of all errors raised on purpose by this package."""
+
+
+class ConfigError(ErnieMBatchError, ValueError):
+    """A setting is wrong; found before any work starts."""
+
+
+class CheckpointError(ErnieMBatchError):
+    """A model folder cannot be used as it is."""
+
+
+class RecordError(ErnieMBatchError):
+    """One record cannot be processed."""
+
+
+class JobError(ErnieMBatchError):
+    """A batch job cannot start or cannot go on."""

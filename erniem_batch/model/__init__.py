@@ -1,0 +1,1 @@
+"""The ErnieM network: config, encoder, heads and model folders."""

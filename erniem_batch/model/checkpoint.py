@@ -1,0 +1,343 @@
+"""Model folders: foreign file formats and names in, strictly matching tensors out.
+
+Reads what transformers and PaddleNLP write (`tensors_of`), turns foreign names and layouts into
+ours (`to_our_names`), and refuses a folder that does not match the model exactly. This is the only
+file that knows how others call things.
+"""
+
+import json
+import logging
+import pickle
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, ClassVar, Self
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from erniem_batch.errors import CheckpointError
+from erniem_batch.model.config import ErnieMConfig
+
+logger = logging.getLogger(__name__)
+
+BASE_PREFIX = "ernie_m."
+
+# Tensors that only some of the classes have. A checkpoint may hold those of another class.
+_HEAD_TENSORS = re.compile(r"^(ernie_m\.)?pooler\.|^(classifier|qa_outputs|linear_start|linear_end)\.")
+
+_PADDLE_QKV = re.compile(r"(layers\.\d+\.self_attn)\.([qkv]_proj\.)")
+_EMBEDDING = re.compile(r"_embeddings\.weight$")
+
+
+class PreTrainedModel(nn.Module):
+    """Loading and saving, shared by the encoder and all heads."""
+
+    config: Any  # ErnieMConfig; a plain attribute of the encoder, a property of the heads
+    base_prefix: ClassVar[str] = BASE_PREFIX
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        config: ErnieMConfig | None = None,
+        mask_mode: str | None = None,
+        dtype: torch.dtype | str = torch.float32,
+        allow_new_head: bool = False,
+    ) -> Self:
+        """A model in evaluation mode with the weights of a folder.
+
+        Weights that are stored as `dtype` in a safetensors file stay memory-mapped: processes on
+        one machine share them. Other dtypes are converted, which makes a private copy.
+
+        Args:
+            folder: of transformers (`model.safetensors`, sharded, or `pytorch_model.bin`) or
+                PaddleNLP (`model_state.pdparams` or safetensors in Paddle's layout).
+            config: instead of the folder's own, for example with other labels.
+            mask_mode: instead of the config's; see ErnieMConfig.
+            dtype: of the loaded weights, such as torch.bfloat16 or "bfloat16".
+            allow_new_head: create a head that the folder lacks, freshly initialised, for training.
+
+        Raises:
+            CheckpointError: names every missing, unexpected or misshapen tensor at once.
+        """
+        folder = Path(folder)
+        config = config or ErnieMConfig.from_pretrained(folder)
+        if mask_mode is not None:
+            config = replace_config(config, mask_mode=mask_mode)
+        with torch.device("meta"):
+            model = cls(config)
+        wanted = model.state_dict()
+        tensors = to_our_names(tensors_of(folder), cls.__name__)
+        tensors = _match_prefix(tensors, wanted)
+        new = _check(tensors, wanted, folder, allow_new_head)
+        target = parse_dtype(dtype)
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.to(target)
+        for name in new:
+            tensors[name] = torch.empty(wanted[name].shape, dtype=target)
+        model.load_state_dict(tensors, strict=True, assign=True)
+        for name in new:
+            model._init_module(model.get_submodule(name.rpartition(".")[0]))
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes config.json and model.safetensors, readable by transformers 4.40.2."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
+        dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+        extra = {**self.config.extra, "torch_dtype": dtype, "transformers_version": "4.40.2"}
+        config = replace_config(self.config, architectures=[type(self).__name__], extra=extra)
+        config.save_pretrained(folder)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def _init_all(self) -> None:
+        if next(self.parameters()).is_meta:
+            return
+        for module in self.modules():
+            self._init_module(module)
+
+    @torch.no_grad()
+    def _init_module(self, module: nn.Module) -> None:
+        """Normal weights, zero biases, unit layer norms, a zero row for padding."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            module.weight.normal_(std=self.config.initializer_range)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            module.weight[module.padding_idx].zero_()
+        if isinstance(module, nn.LayerNorm):
+            module.weight.fill_(1.0)
+        if isinstance(module, nn.Linear | nn.LayerNorm):
+            module.bias.zero_()
+
+
+def replace_config(config: ErnieMConfig, **changes: Any) -> ErnieMConfig:
+    """dataclasses.replace, typed."""
+    from dataclasses import replace
+
+    return replace(config, **changes)
+
+
+def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A torch floating-point type by object or name.
+
+    Raises:
+        CheckpointError: no such floating-point type.
+    """
+    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise CheckpointError(
+            f"dtype must be float32, bfloat16, float16 or float64, got {dtype!r}"
+        )
+    return found
+
+
+# ---- files ------------------------------------------------------------------------------------
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a model folder under the names of its files; the first format found wins.
+
+    Raises:
+        CheckpointError: no weights, a damaged file, or a shard named by the index is absent.
+    """
+    readers: list[tuple[str, Callable[[Path], dict[str, Tensor]]]] = [
+        ("model.safetensors", _read_safetensors),
+        ("pytorch_model.bin", _read_torch),
+        ("model_state.pdparams", _read_pdparams),
+    ]
+    for name, read in readers:
+        for paths in (_single(folder / name), _shards(folder / f"{name}.index.json")):
+            if paths:
+                return {key: tensor for path in paths for key, tensor in read(path).items()}
+    names = ", ".join(name for name, _ in readers)
+    found = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "no folder"
+    raise CheckpointError(f"{folder}: expected one of {names} (or its .index.json), found {found}")
+
+
+def _single(path: Path) -> list[Path]:
+    return [path] if path.is_file() else []
+
+
+def _shards(index: Path) -> list[Path]:
+    if not index.is_file():
+        return []
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: not an index with a weight_map: {error}") from error
+    paths = [index.parent / name for name in names]
+    absent = [path.name for path in paths if not path.is_file()]
+    if absent:
+        raise CheckpointError(f"{index}: shards are missing: {', '.join(absent)}")
+    return paths
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: damaged or not a safetensors file: {error}") from error
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as first:
+        try:  # the format of torch before 1.6 cannot be mapped
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise CheckpointError(f"{path}: cannot be read safely: {error}") from first
+    return {name: tensor for name, tensor in loaded.items() if isinstance(tensor, Tensor)}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Builds numpy arrays and plain containers; anything else in the file is refused."""
+
+    _allowed: ClassVar[set[tuple[str, str]]] = {
+        (f"numpy.{core}.multiarray", name)
+        for core in ("core", "_core")
+        for name in ("_reconstruct", "scalar")
+    } | {
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        ("collections", "OrderedDict"),
+        ("_codecs", "encode"),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._allowed:
+            raise CheckpointError(
+                f"refused: the file wants to run {module}.{name}; a weights file holds arrays only"
+            )
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+
+def _read_pdparams(path: Path) -> dict[str, Tensor]:
+    with path.open("rb") as file:
+        values = _unpickle(file, path)
+    tensors = {}
+    for name, value in values.items():
+        if isinstance(value, tuple) and len(value) == 2:  # some versions store (name, array)
+            value = value[1]
+        if isinstance(value, np.ndarray):
+            tensors[name] = _tensor_from_paddle(value)
+    return tensors
+
+
+def _unpickle(file: IO[bytes], path: Path) -> Mapping[str, Any]:
+    try:
+        values = _ArrayUnpickler(file, encoding="latin1").load()
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError) as error:
+        raise CheckpointError(f"{path}: damaged or not a PaddleNLP weights file: {error}") from error
+    if not isinstance(values, Mapping):
+        raise CheckpointError(f"{path}: expected a mapping of arrays, got {type(values).__name__}")
+    return values
+
+
+def _tensor_from_paddle(array: np.ndarray) -> Tensor:
+    if array.dtype == np.uint16:  # how Paddle stores bfloat16
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+# ---- names and layouts ------------------------------------------------------------------------
+
+
+def to_our_names(tensors: Mapping[str, Tensor], class_name: str) -> dict[str, Tensor]:
+    """Names and layouts of PaddleNLP turned into those of transformers; others unchanged.
+
+    Paddle keeps linear weights as (in, out): every 2-D weight but the embeddings is transposed.
+    Square ones would load without complaint and compute nonsense, so the layout is read from
+    `linear1`, whose two sides differ, and only guessed from the names when they do not.
+    """
+    paddle_names = any(_PADDLE_QKV.search(name) and ".self_attn.self_attn." not in name for name in tensors)
+    transposed = _is_transposed(tensors, guess=paddle_names)
+    ours = {}
+    for name, tensor in tensors.items():
+        name = _rename(name) if paddle_names else name
+        if class_name == "ErnieMForQuestionAnswering" and paddle_names:
+            name = re.sub(r"^classifier\.", "qa_outputs.", name)
+        if transposed and tensor.ndim == 2 and not _EMBEDDING.search(name):
+            tensor = tensor.T.contiguous()
+        ours[name] = tensor
+    return ours
+
+
+def _rename(name: str) -> str:
+    if "ernie_m." not in name and name.startswith("encoder.") and not name.startswith("encoder.layers"):
+        # Checkpoints from before PaddleNLP 2.4.5 call the whole model `encoder`.
+        name = BASE_PREFIX + name.removeprefix("encoder.")
+    return name if ".self_attn.self_attn." in name else _PADDLE_QKV.sub(r"\1.self_attn.\2", name)
+
+
+def _is_transposed(tensors: Mapping[str, Tensor], guess: bool) -> bool:
+    for name, tensor in tensors.items():
+        if name.endswith("layers.0.linear1.weight") and tensor.size(0) != tensor.size(1):
+            bias = tensors.get(name.replace("weight", "bias"))
+            if bias is not None:
+                return tensor.size(0) != bias.size(0)
+    return guess
+
+
+def _match_prefix(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Adds or removes `ernie_m.`, so that heads load into encoders and encoders into heads."""
+    base_in_file = not any(name.startswith(BASE_PREFIX) for name in tensors)
+    base_wanted = not any(name.startswith(BASE_PREFIX) for name in wanted)
+    if base_in_file == base_wanted:
+        return dict(tensors)
+    if base_wanted:
+        return {name.removeprefix(BASE_PREFIX): tensor for name, tensor in tensors.items()}
+    body = ("embeddings.", "encoder.", "pooler.")
+    return {(BASE_PREFIX + n if n.startswith(body) else n): t for n, t in tensors.items()}
+
+
+def _check(
+    tensors: dict[str, Tensor], wanted: Mapping[str, Tensor], folder: Path, allow_new_head: bool
+) -> list[str]:
+    """Drops the heads of other classes; names of tensors to create; raises on anything else."""
+    unexpected = sorted(tensors.keys() - wanted.keys())
+    dropped = [name for name in unexpected if _HEAD_TENSORS.match(name)]
+    unexpected = [name for name in unexpected if name not in dropped]
+    for name in dropped:
+        del tensors[name]
+    wrong_shape = sorted(
+        name
+        for name in tensors.keys() & wanted.keys()
+        if tensors[name].shape != wanted[name].shape
+    )
+    missing = sorted(wanted.keys() - tensors.keys())
+    new_head = [n for n in [*missing, *wrong_shape] if _HEAD_TENSORS.match(n)]
+    if allow_new_head:
+        missing = [name for name in missing if name not in new_head]
+        wrong_shape = [name for name in wrong_shape if name not in new_head]
+    problems = [f"{len(names)} tensors {what} ({_shorten(names)})" for what, names in (
+        ("missing", missing), ("unexpected", unexpected)) if names]
+    if wrong_shape:
+        shapes = [f"{n} is {tuple(tensors[n].shape)}, expected {tuple(wanted[n].shape)}" for n in wrong_shape]
+        problems.append(f"{len(wrong_shape)} tensors of the wrong shape ({_shorten(shapes)})")
+    if problems:
+        hint = ""
+        if new_head and not unexpected and set(missing) | set(wrong_shape) <= set(new_head):
+            hint = (
+                ". The folder was not trained for this head: choose another model, or pass "
+                "allow_new_head=True to create an untrained head for fine-tuning"
+            )
+        raise CheckpointError(f"{folder}: {'; '.join(problems)}{hint}")
+    if dropped:
+        logger.info("left out tensors of another head folder=%s tensors=%s", folder, _shorten(dropped))
+    if allow_new_head and new_head:
+        logger.warning("NEW UNTRAINED HEAD folder=%s tensors=%s", folder, _shorten(new_head))
+        return new_head
+    return []
+
+
+def _shorten(names: Sequence[str], limit: int = 8) -> str:
+    more = f", … {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

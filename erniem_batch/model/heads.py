@@ -1,0 +1,296 @@
+"""The heads of ErnieM: one class a task, each an encoder plus one or two linear layers.
+
+Source: transformers 4.40.2 modeling_ernie_m.py. Everything after `input_ids` is keyword-only,
+because the reference orders the arguments differently from class to class.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from erniem_batch.model.checkpoint import PreTrainedModel
+from erniem_batch.model.config import ErnieMConfig
+from erniem_batch.model.encoder import ErnieMModel
+from erniem_batch.model.outputs import EncoderOutput, LogitsOutput, SpanOutput
+
+IGNORED_LABEL = -100
+
+
+class _Head(PreTrainedModel):
+    """An encoder under the name `ernie_m`, as in the checkpoints, and what all heads share."""
+
+    pooled: ClassVar[bool]
+
+    def __init__(self, config: ErnieMConfig) -> None:
+        super().__init__()
+        self.ernie_m = ErnieMModel(config, add_pooling_layer=self.pooled)
+        dropout = config.classifier_dropout
+        self.dropout = nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)
+
+    @property
+    def config(self) -> ErnieMConfig:
+        """The encoder's config: one copy, whatever changes it."""
+        return self.ernie_m.config
+
+    def prune_heads(self, heads_by_layer: Mapping[int, Sequence[int]]) -> None:
+        """Removes attention heads for good; `save_pretrained` remembers which."""
+        self.ernie_m.prune_heads(heads_by_layer)
+
+    def resize_token_embeddings(self, vocab_size: int) -> None:
+        """Cuts the word table or appends freshly initialised rows."""
+        self.ernie_m.resize_token_embeddings(vocab_size)
+
+    def _encode(self, input_ids: Tensor | None, arguments: dict[str, Any]) -> EncoderOutput:
+        output = self.ernie_m(input_ids, **{**arguments, "return_dict": True})
+        assert isinstance(output, EncoderOutput)
+        return output
+
+    def _finish(
+        self, output: LogitsOutput | SpanOutput, encoded: EncoderOutput, return_dict: bool | None
+    ) -> Any:
+        output.hidden_states, output.attentions = encoded.hidden_states, encoded.attentions
+        as_object = self.config.return_dict if return_dict is None else return_dict
+        return output if as_object else output.to_tuple()
+
+
+class ErnieMForSequenceClassification(_Head):
+    """Labels or a number for a whole text."""
+
+    pooled = True
+
+    def __init__(self, config: ErnieMConfig) -> None:
+        super().__init__(config)
+        self.classifier = nn.Linear(config.hidden_size, len(config.labels))
+        self._init_all()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        **encoder_arguments: Any,
+    ) -> LogitsOutput:
+        """logits (batch, labels).
+
+        Args:
+            labels: int (batch,) for single label, float (batch, labels) for multi label, float
+                (batch,) or (batch, labels) for regression.
+            encoder_arguments: see ErnieMModel.forward.
+        """
+        encoded = self._encode(input_ids, encoder_arguments)
+        assert encoded.pooler_output is not None
+        logits_BC = self.classifier(self.dropout(encoded.pooler_output))
+        loss = None if labels is None else self._loss(logits_BC, labels)
+        output: LogitsOutput = self._finish(LogitsOutput(loss, logits_BC), encoded, return_dict)
+        return output
+
+    def _loss(self, logits_BC: Tensor, labels: Tensor) -> Tensor:
+        kind = self.config.problem_type or self._guess_problem_type(labels)
+        if kind == "regression":
+            n_labels = len(self.config.labels)
+            logits = logits_BC.squeeze() if n_labels == 1 else logits_BC
+            return F.mse_loss(logits, (labels.squeeze() if n_labels == 1 else labels).to(logits))
+        if kind == "single_label_classification":
+            return F.cross_entropy(logits_BC, labels.view(-1).long(), ignore_index=IGNORED_LABEL)
+        return F.binary_cross_entropy_with_logits(logits_BC, labels.to(logits_BC))
+
+    def _guess_problem_type(self, labels: Tensor) -> str:
+        # Decided anew on every call; the reference stores its first guess in the config, and then
+        # refuses labels of another kind.
+        if len(self.config.labels) == 1:
+            return "regression"
+        if labels.dtype.is_floating_point or labels.ndim > 1:
+            return "multi_label_classification"
+        return "single_label_classification"
+
+
+class ErnieMForMultipleChoice(_Head):
+    """One score for each (premise, choice) pair."""
+
+    pooled = True
+
+    def __init__(self, config: ErnieMConfig) -> None:
+        super().__init__(config)
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        self._init_all()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        **encoder_arguments: Any,
+    ) -> LogitsOutput:
+        """logits (batch, choices); every input has a dimension of choices after the batch.
+
+        Args:
+            labels: int (batch,), the index of the right choice.
+            encoder_arguments: see ErnieMModel.forward.
+        """
+        given = input_ids if input_ids is not None else inputs_embeds
+        n_dims = 3 if input_ids is not None else 4
+        if given is None or given.ndim != n_dims:
+            raise ValueError("expected input_ids (batch, choices, tokens) or inputs_embeds (…, hidden)")
+        flat = {
+            name: None if tensor is None else tensor.flatten(0, 1)
+            for name, tensor in (
+                ("input_ids", input_ids),
+                ("attention_mask", attention_mask),
+                ("position_ids", position_ids),
+                ("inputs_embeds", inputs_embeds),
+            )
+        }
+        encoded = self._encode(flat.pop("input_ids"), {**flat, **encoder_arguments})
+        assert encoded.pooler_output is not None
+        scores = self.classifier(self.dropout(encoded.pooler_output))
+        logits_BC = scores.view(given.size(0), given.size(1))
+        loss = None if labels is None else F.cross_entropy(logits_BC, labels.long())
+        output: LogitsOutput = self._finish(LogitsOutput(loss, logits_BC), encoded, return_dict)
+        return output
+
+
+class ErnieMForTokenClassification(_Head):
+    """A label for each token."""
+
+    pooled = False
+
+    def __init__(self, config: ErnieMConfig) -> None:
+        super().__init__(config)
+        self.classifier = nn.Linear(config.hidden_size, len(config.labels))
+        self._init_all()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        **encoder_arguments: Any,
+    ) -> LogitsOutput:
+        """logits (batch, tokens, labels).
+
+        Args:
+            labels: int (batch, tokens); -100 is ignored. PARITY: the attention mask isn't consulted.
+            encoder_arguments: see ErnieMModel.forward.
+        """
+        encoded = self._encode(input_ids, encoder_arguments)
+        logits_BLC = self.classifier(self.dropout(encoded.last_hidden_state))
+        loss = None
+        if labels is not None:
+            flat_labels = labels.reshape(-1).long()
+            loss = F.cross_entropy(logits_BLC.flatten(0, 1), flat_labels, ignore_index=IGNORED_LABEL)
+        output: LogitsOutput = self._finish(LogitsOutput(loss, logits_BLC), encoded, return_dict)
+        return output
+
+
+class ErnieMForQuestionAnswering(_Head):
+    """Where an answer starts and ends."""
+
+    pooled = False
+
+    def __init__(self, config: ErnieMConfig) -> None:
+        super().__init__(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self._init_all()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        return_dict: bool | None = None,
+        **encoder_arguments: Any,
+    ) -> SpanOutput:
+        """start_logits and end_logits (batch, tokens). PARITY: no dropout before the head.
+
+        Args:
+            start_positions, end_positions: int (batch,) or (batch, 1). Clamped to [0, tokens];
+                `tokens` itself is ignored in the loss. Without both there is no loss.
+            encoder_arguments: see ErnieMModel.forward.
+        """
+        encoded = self._encode(input_ids, encoder_arguments)
+        start_BL, end_BL = self.qa_outputs(encoded.last_hidden_state).unbind(-1)
+        start_BL, end_BL = start_BL.contiguous(), end_BL.contiguous()
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            start_loss = _position_loss(start_BL, start_positions)
+            loss = (start_loss + _position_loss(end_BL, end_positions)) / 2
+        output: SpanOutput = self._finish(SpanOutput(loss, start_BL, end_BL), encoded, return_dict)
+        return output
+
+
+class ErnieMForInformationExtraction(_Head):
+    """For each token: does a span start here, does one end here (UIE). Returns logits.
+
+    PaddleNLP's UIEM returns probabilities: take the sigmoid.
+    """
+
+    pooled = True  # in the checkpoints, though nothing reads it
+
+    def __init__(self, config: ErnieMConfig) -> None:
+        super().__init__(config)
+        self.linear_start = nn.Linear(config.hidden_size, 1)
+        self.linear_end = nn.Linear(config.hidden_size, 1)
+        self._init_all()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        return_dict: bool | None = None,
+        **encoder_arguments: Any,
+    ) -> SpanOutput:
+        """start_logits and end_logits (batch, tokens).
+
+        Args:
+            start_positions, end_positions: (batch, tokens), 1 where a span starts or ends.
+                PARITY: padding counts in the loss.
+            encoder_arguments: see ErnieMModel.forward.
+        """
+        encoded = self._encode(input_ids, encoder_arguments)
+        start_BL = self.linear_start(encoded.last_hidden_state).squeeze(-1)
+        end_BL = self.linear_end(encoded.last_hidden_state).squeeze(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            for name, labels in (("start", start_positions), ("end", end_positions)):
+                if labels.shape != start_BL.shape:
+                    raise ValueError(
+                        f"{name}_positions must be (batch, tokens) = {tuple(start_BL.shape)}, "
+                        f"got {tuple(labels.shape)}"
+                    )
+            start_loss = F.binary_cross_entropy_with_logits(start_BL, start_positions.to(start_BL))
+            end_loss = F.binary_cross_entropy_with_logits(end_BL, end_positions.to(end_BL))
+            loss = (start_loss + end_loss) / 2
+        output: SpanOutput = self._finish(SpanOutput(loss, start_BL, end_BL), encoded, return_dict)
+        return output
+
+
+def _position_loss(logits_BL: Tensor, positions: Tensor) -> Tensor:
+    n_tokens = logits_BL.size(1)
+    if positions.ndim > 1:
+        positions = positions.squeeze(-1)
+    return F.cross_entropy(logits_BL, positions.long().clamp(0, n_tokens), ignore_index=n_tokens)
+
+
+HEADS: dict[str, type[PreTrainedModel]] = {
+    cls.__name__: cls
+    for cls in (
+        ErnieMModel,
+        ErnieMForSequenceClassification,
+        ErnieMForMultipleChoice,
+        ErnieMForTokenClassification,
+        ErnieMForQuestionAnswering,
+        ErnieMForInformationExtraction,
+    )
+}

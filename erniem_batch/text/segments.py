@@ -1,0 +1,210 @@
+"""Plain text segments in, token ids with character offsets out, a whole batch at a time.
+
+SentencePiece's C++ does the cutting and normalising; what is left is arithmetic on arrays:
+pieces are looked up in a PieceTable, and since the pieces of a text, joined, are its normalised
+form, a token's place in the normalised text follows from the lengths before it. The normaliser's
+own alignment leads from there to the original. Nothing is ever searched for.
+"""
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import chain
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import sentencepiece
+
+from erniem_batch.text.pieces import UNDERLINE, IntArray, PieceTable, split_piece
+
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+class Tokens(NamedTuple):
+    """Tokens of many texts, end to end.
+
+    Attributes:
+        ids: token ids.
+        starts, ends: characters of the original texts, half-open, one pair a token.
+        splits: (texts + 1,); the tokens of text i are [splits[i]:splits[i + 1]].
+    """
+
+    ids: IntArray
+    starts: IntArray
+    ends: IntArray
+    splits: IntArray
+
+    def of(self, i: int) -> "Tokens":
+        """The tokens of text i alone."""
+        a, b = self.splits[i], self.splits[i + 1]
+        return Tokens(self.ids[a:b], self.starts[a:b], self.ends[a:b], np.array([0, b - a]))
+
+    @classmethod
+    def join(cls, parts: Sequence[Self], row_of_part: Sequence[int], n_rows: int) -> "Tokens":
+        """Parts of one text each, in order, put together into rows."""
+        lengths = np.zeros(n_rows, dtype=np.int64)
+        for part, row in zip(parts, row_of_part, strict=True):
+            lengths[row] += len(part.ids)
+        flat = (np.concatenate([np.zeros(0, np.int64), *arrays]) for arrays in (
+            [p.ids for p in parts], [p.starts for p in parts], [p.ends for p in parts]))
+        return Tokens(*flat, splits=_splits(lengths))
+
+
+def replace_surrogates(text: str) -> str:
+    """Lone surrogates, which no encoding can write, turned one for one into U+FFFD."""
+    return _SURROGATES.sub("\ufffd", text)
+
+
+class SegmentEncoder:
+    """Tokens of plain text (no special tokens in it).
+
+    Args:
+        processor: the SentencePiece model.
+        table: how its pieces become tokens.
+        drop_underlines: PaddleNLP's rule: no lone "▁" token is ever kept.
+        num_threads: SentencePiece's own threads; its default would take every core in every actor.
+        sampling: `enable_sampling`, `nbest_size` and `alpha` of SentencePiece.
+    """
+
+    def __init__(
+        self,
+        processor: sentencepiece.SentencePieceProcessor,
+        table: PieceTable,
+        *,
+        drop_underlines: bool,
+        num_threads: int,
+        sampling: dict[str, Any],
+    ) -> None:
+        self._processor = processor
+        self._table = table
+        self._drop_underlines = drop_underlines
+        self._options = {"num_threads": num_threads, **sampling}
+        self._vanishes = lru_cache(maxsize=65536)(self._vanishes_uncached)
+
+    def encode(self, texts: Sequence[str], lower: bool = False, offsets: bool = True) -> Tokens:
+        """Tokens of each text; without `offsets`, starts and ends are all zero (and it is faster).
+
+        Args:
+            texts: without lone surrogates (see `replace_surrogates`).
+            lower: lower-case first, character by character, as the reference does.
+        """
+        fed = [_lower(text) for text in texts] if lower else texts
+        pieces = self._processor.encode(list(fed), return_type=str, **self._options)
+        n_pieces = np.fromiter(map(len, pieces), np.int64, len(pieces))
+        index = self._table.indices(chain.from_iterable(pieces))
+        piece_splits = _splits(n_pieces)
+        counts = self._table.n_tokens[index]
+        counts[self._dropped(index, piece_splits)] = 0
+
+        # One entry a token: which piece it comes from, and its place in the table.
+        piece_of = np.repeat(np.arange(len(index)), counts)
+        before = np.cumsum(counts) - counts
+        entry = (self._table.first[index] - before)[piece_of] + np.arange(len(piece_of))
+        ids = self._table.ids[entry]
+        splits = np.append(0, np.cumsum(counts))[piece_splits]
+        if not offsets:
+            return Tokens(ids, zeros := np.zeros_like(ids), zeros, splits)
+
+        row_of = np.repeat(np.arange(len(texts)), np.diff(splits))
+        chars = self._table.n_chars[index]
+        piece_start = np.cumsum(chars) - chars
+        row_start = np.append(piece_start, chars.sum())[piece_splits[:-1]]
+        in_row = piece_start[piece_of] - row_start[row_of]
+        starts, ends = self._to_original(
+            texts, fed, row_of, in_row + self._table.starts[entry], in_row + self._table.ends[entry]
+        )
+        return Tokens(ids, starts, ends, splits)
+
+    def tokens(self, text: str, lower: bool) -> list[str]:
+        """Token strings of one text, unknown ones as they stand in the normalised text."""
+        pieces = self._processor.encode(_lower(text) if lower else text, return_type=str, **self._options)
+        index = self._table.indices(pieces)
+        dropped = self._dropped(index, np.array([0, len(index)]))
+        return [
+            piece[start:end]
+            for piece, drop in zip(pieces, dropped, strict=True)
+            if not drop
+            for start, end in ([(0, 1)] if piece == UNDERLINE else split_piece(piece))
+        ]
+
+    def _dropped(self, index: IntArray, piece_splits: IntArray) -> Any:
+        """Which pieces are a lone "▁" that makes no token."""
+        lone = self._table.is_underline[index]
+        if self._drop_underlines or not lone.any():
+            return lone
+        # PARITY: transformers keeps a lone "▁" unless it is first or a word follows. A last one,
+        # where it raises, is dropped.
+        first, last = np.zeros(len(index) + 1, dtype=bool), np.ones(len(index), dtype=bool)
+        first[piece_splits] = True
+        last[:-1] = self._table.opens_word[index][1:]
+        last |= first[1:]
+        return lone & (first[:-1] | last)
+
+    def _to_original(
+        self,
+        texts: Sequence[str],
+        fed: Sequence[str],
+        row_of: IntArray,
+        starts: IntArray,
+        ends: IntArray,
+    ) -> tuple[IntArray, IntArray]:
+        """Places in the normalised text turned into places in the original text."""
+        # Most texts are their own normal form but for the spaces: there, only the "▁" that is put
+        # before every text shifts the places by one.
+        plain = np.fromiter(
+            (
+                text is source and UNDERLINE + text.replace(" ", UNDERLINE) == normal
+                for text, source, normal in zip(
+                    texts, fed, self._processor.normalize(list(fed)), strict=True
+                )
+            ),
+            bool,
+            len(texts),
+        )
+        new_starts, new_ends = starts - 1, ends - 1
+        aligned = [row for row in np.flatnonzero(~plain) if len(fed[row])]
+        if not aligned:
+            return new_starts, new_ends
+        maps = [self._alignment(texts[row], fed[row]) for row in aligned]
+        sizes = np.array([len(m) for m in maps])
+        offset_of = np.fromiter(chain.from_iterable(maps), np.int64, int(sizes.sum()))
+        map_start = np.zeros(len(texts), dtype=np.int64)
+        map_start[aligned] = np.cumsum(sizes) - sizes
+        todo = np.flatnonzero(~plain[row_of])
+        base = map_start[row_of[todo]]
+        # A character that became several ends where the next original character begins.
+        changes = np.flatnonzero(offset_of[1:] > offset_of[:-1])
+        first, last = base + starts[todo], base + ends[todo] - 1
+        new_starts[todo] = offset_of[first]
+        new_ends[todo] = offset_of[changes[np.searchsorted(changes, last)] + 1]
+        longer = new_ends[todo] - new_starts[todo] > ends[todo] - starts[todo]
+        for token in todo[longer]:
+            text, start = texts[row_of[token]], int(new_starts[token])
+            end = int(new_ends[token])
+            while end - 1 > start and self._vanishes(text[end - 1]):
+                end -= 1
+            new_ends[token] = end
+        return new_starts, new_ends
+
+    def _alignment(self, text: str, fed: str) -> list[int]:
+        """For each character of the normal form, and one past it, its place in the original."""
+        offsets: list[int] = self._processor.normalize(fed, with_offsets=True)[1]
+        if text is fed:
+            return offsets
+        origin = [i for i, char in enumerate(text) for _ in char.lower()]
+        origin.append(len(text))
+        return [origin[offset] for offset in offsets]
+
+    def _vanishes_uncached(self, char: str) -> bool:
+        """Whether the normaliser removes the character without a trace."""
+        return bool(self._processor.normalize(f"a{char}a") == self._processor.normalize("aa"))
+
+
+def _lower(text: str) -> str:
+    # PARITY: one character at a time, so a final sigma stays a common one.
+    lowered = "".join(char.lower() for char in text)
+    return text if lowered == text else lowered
+
+
+def _splits(lengths: IntArray) -> IntArray:
+    return np.append(0, np.cumsum(lengths))

@@ -1,0 +1,629 @@
+"""ErnieMTokenizer: texts in, ids with exact character offsets out.
+
+The ids are those of transformers 4.40.2 (or of PaddleNLP with `lone_underline="paddle"`); the
+offsets, which the reference cannot give, are always exact.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import sentencepiece
+
+from erniem_batch.errors import CheckpointError, ConfigError
+from erniem_batch.text.pieces import UNDERLINE, PieceTable
+from erniem_batch.text.segments import SegmentEncoder, Tokens, replace_surrogates
+
+SENTENCEPIECE_FILE = "sentencepiece.bpe.model"
+VOCAB_FILE = "vocab.txt"
+DEFAULT_MAX_LENGTH = 512
+SPECIAL_TOKENS = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+TRUNCATIONS = ("longest_first", "only_first", "only_second", "do_not_truncate")
+PADDINGS = ("longest", "max_length", "do_not_pad")
+_SIDES = ("left", "right")
+
+
+class Encoding(dict[str, Any]):
+    """What a tokenizer call gives: a mapping whose entries are attributes as well.
+
+    Attributes:
+        replaced_surrogates: for each text, how many lone surrogates were read as U+FFFD.
+    """
+
+    replaced_surrogates: list[int]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"no {name!r} here; there are: {', '.join(self)}") from None
+
+
+class ErnieMTokenizer:
+    """Tokenizer of an ErnieM model; pickles by value.
+
+    Args:
+        sentencepiece_model: content of `sentencepiece.bpe.model`.
+        vocab: tokens in id order (lines of `vocab.txt`). None: SentencePiece's own ids, with
+            the special tokens appended, as the reference does without a vocab.txt.
+        do_lower_case: lower-case everything but special tokens.
+        lone_underline: what becomes of a piece that is only a space. `hf`: a token of its own
+            where transformers makes it one. `paddle`: dropped, as in PaddleNLP.
+        split_special_tokens: read "[SEP]" in a text as plain text instead of as a special token.
+        model_max_length: where `truncation` cuts unless told otherwise, in tokens.
+        num_threads: threads inside one batch call.
+        added_tokens: further tokens with ids of their own, by text.
+
+    Raises:
+        ConfigError: an option is impossible.
+        CheckpointError: the SentencePiece model cannot be read or a special token has no id.
+    """
+
+    model_input_names = ("input_ids",)
+
+    def __init__(
+        self,
+        sentencepiece_model: bytes,
+        vocab: Sequence[str] | None = None,
+        *,
+        do_lower_case: bool = False,
+        lone_underline: str = "hf",
+        split_special_tokens: bool = False,
+        unk_token: str = "[UNK]",
+        sep_token: str = "[SEP]",
+        pad_token: str = "[PAD]",
+        cls_token: str = "[CLS]",
+        mask_token: str = "[MASK]",
+        model_max_length: int = DEFAULT_MAX_LENGTH,
+        padding_side: str = "right",
+        truncation_side: str = "right",
+        sp_model_kwargs: Mapping[str, Any] | None = None,
+        num_threads: int = 1,
+        added_tokens: Mapping[str, int] | None = None,
+    ) -> None:
+        for name, value, allowed in (
+            ("lone_underline", lone_underline, ("hf", "paddle")),
+            ("padding_side", padding_side, _SIDES),
+            ("truncation_side", truncation_side, _SIDES),
+        ):
+            if value not in allowed:
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        self.do_lower_case = do_lower_case
+        self.lone_underline = lone_underline
+        self.split_special_tokens = split_special_tokens
+        self.unk_token, self.sep_token, self.pad_token = unk_token, sep_token, pad_token
+        self.cls_token, self.mask_token = cls_token, mask_token
+        self.model_max_length = model_max_length
+        self.padding_side = padding_side
+        self.truncation_side = truncation_side
+        self.sp_model_kwargs = dict(sp_model_kwargs or {})
+        self.num_threads = num_threads
+        self._sentencepiece_model = sentencepiece_model
+        self._vocab_lines = None if vocab is None else list(vocab)
+        self._given_added_tokens = dict(added_tokens or {})
+        self._build()
+
+    def _build(self) -> None:
+        """What follows from the settings; done again after unpickling."""
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(
+                model_proto=self._sentencepiece_model
+            )
+        except (RuntimeError, OSError) as error:
+            raise CheckpointError(f"not a SentencePiece model: {error}") from error
+        lines = self._vocab_lines
+        if lines is None:
+            lines = self._processor.id_to_piece(list(range(self._processor.get_piece_size())))
+        self._vocab = {token: index for index, token in enumerate(lines)}
+        self._added = dict(self._given_added_tokens)
+        for token in self.all_special_tokens:  # those the vocabulary lacks come after it
+            if token not in self._vocab and token not in self._added:
+                self._added[token] = max([len(self._vocab) - 1, *self._added.values()]) + 1
+        self._token_of = {i: token for token, i in {**self._vocab, **self._added}.items()}
+        self.unk_token_id, self.sep_token_id, self.pad_token_id, self.cls_token_id, self.mask_token_id = (
+            self._id_of(getattr(self, name)) for name in SPECIAL_TOKENS
+        )
+        literals = sorted({*self.all_special_tokens, *self._added}, key=len, reverse=True)
+        self._literal = re.compile("|".join(map(re.escape, literals)))
+        sampling = {k: v for k, v in self.sp_model_kwargs.items()
+                    if k in ("enable_sampling", "nbest_size", "alpha")}
+        if sampling.get("enable_sampling"):
+            sampling = {"nbest_size": 64, "alpha": 0.1, **sampling}
+        self._segments = SegmentEncoder(
+            self._processor,
+            PieceTable(lambda token: self._vocab.get(token, self.unk_token_id)),
+            drop_underlines=self.lone_underline == "paddle",
+            num_threads=self.num_threads,
+            sampling=sampling,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        hidden = ("_processor", "_segments", "_literal")
+        return {name: value for name, value in self.__dict__.items() if name not in hidden}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._build()
+
+    # ---- folders ------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **changes: Any) -> Self:
+        """The tokenizer of a model folder of transformers or PaddleNLP.
+
+        Args:
+            changes: constructor arguments instead of the folder's own.
+
+        Raises:
+            CheckpointError: `sentencepiece.bpe.model` is absent or the settings cannot be read.
+        """
+        folder = Path(folder)
+        model_path, vocab_path = folder / SENTENCEPIECE_FILE, folder / VOCAB_FILE
+        if not model_path.is_file():
+            raise CheckpointError(f"{folder}: expected a tokenizer file {SENTENCEPIECE_FILE}")
+        settings = {"lone_underline": "paddle" if _is_paddle(folder) else "hf"}
+        settings.update(_settings(_read_json(folder / "tokenizer_config.json"), folder))
+        settings.setdefault("added_tokens", {}).update(_read_json(folder / "added_tokens.json"))
+        vocab = None
+        if vocab_path.is_file():
+            with vocab_path.open(encoding="utf-8") as lines:
+                vocab = [line.rstrip("\n") for line in lines]
+        return cls(model_path.read_bytes(), vocab, **{**settings, **changes})
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the vocabulary files and settings, readable by transformers 4.40.2."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.save_vocabulary(folder)
+        specials = {name: getattr(self, name) for name in SPECIAL_TOKENS}
+        flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+        added = {
+            str(self._id_of(token)): {"content": token, **flags, "special": True}
+            for token in [*self.all_special_tokens, *self._added]
+        }
+        settings = {
+            **specials,
+            "added_tokens_decoder": added,
+            "clean_up_tokenization_spaces": True,
+            "do_lower_case": self.do_lower_case,
+            "lone_underline": self.lone_underline,
+            "model_max_length": self.model_max_length,
+            "padding_side": self.padding_side,
+            "sp_model_kwargs": self.sp_model_kwargs,
+            "split_special_tokens": self.split_special_tokens,
+            "tokenizer_class": "ErnieMTokenizer",
+            "truncation_side": self.truncation_side,
+        }
+        for name, content in (
+            ("tokenizer_config.json", settings),
+            ("special_tokens_map.json", specials),
+        ):
+            text = json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True)
+            (folder / name).write_text(text + "\n", encoding="utf-8")
+
+    def save_vocabulary(self, folder: str | Path, filename_prefix: str | None = None) -> tuple[str, ...]:
+        """Writes vocab.txt (if there is one) and the SentencePiece model; gives their paths."""
+        prefix = f"{filename_prefix}-" if filename_prefix else ""
+        model_path = Path(folder) / f"{prefix}{SENTENCEPIECE_FILE}"
+        model_path.write_bytes(self._sentencepiece_model)
+        if self._vocab_lines is None:
+            return (str(model_path),)
+        vocab_path = Path(folder) / f"{prefix}{VOCAB_FILE}"
+        with vocab_path.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(f"{token}\n" for token in self._vocab_lines)
+        return str(vocab_path), str(model_path)
+
+    @property
+    def sentencepiece_model(self) -> bytes:
+        """Content of `sentencepiece.bpe.model`."""
+        return self._sentencepiece_model
+
+    # ---- vocabulary ---------------------------------------------------------------------------
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        """[UNK], [SEP], [PAD], [CLS], [MASK], in the reference's order, each once."""
+        return list(dict.fromkeys(getattr(self, name) for name in SPECIAL_TOKENS))
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """Ids of `all_special_tokens`."""
+        return [self._id_of(token) for token in self.all_special_tokens]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens without added ones."""
+        return len(self._vocab)
+
+    def __len__(self) -> int:
+        return len({**self._vocab, **self._added})
+
+    def get_vocab(self) -> dict[str, int]:
+        """Ids by token, added tokens included."""
+        return {**self._vocab, **self._added}
+
+    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int]:
+        """Ids of tokens; unknown ones get the id of [UNK]."""
+        if isinstance(tokens, str):
+            return self._id_of(tokens)
+        return [self._id_of(token) for token in tokens]
+
+    def convert_ids_to_tokens(self, ids: int | Iterable[int]) -> str | list[str]:
+        """Tokens of ids; an id that does not exist gives [UNK], as in the reference."""
+        if isinstance(ids, int | np.integer):
+            return self._token_of.get(int(ids), self.unk_token)
+        return [self._token_of.get(int(i), self.unk_token) for i in ids]
+
+    def _id_of(self, token: str) -> int:
+        found = self._added.get(token, self._vocab.get(token))
+        return self._id_of(self.unk_token) if found is None else found
+
+    # ---- texts to tokens ----------------------------------------------------------------------
+
+    def encode_batch(self, texts: Sequence[str], *, offsets: bool = True) -> Tokens:
+        """Tokens of many texts without special tokens around them, as flat arrays.
+
+        The fast way in: everything else here is built on it.
+
+        Raises:
+            TypeError: a text is not a string; names its place and type.
+        """
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise TypeError(f"text {i} must be a string, got {type(text).__name__}")
+        texts = [text if text.isascii() else replace_surrogates(text) for text in texts]
+        with_literals = [i for i, text in enumerate(texts) if self._may_split(text)]
+        if not with_literals:
+            return self._segments.encode(texts, self.do_lower_case, offsets)
+        return self._encode_with_literals(texts, set(with_literals), offsets)
+
+    def _may_split(self, text: str) -> bool:
+        return not self.split_special_tokens and self._literal.search(text) is not None
+
+    def _encode_with_literals(self, texts: Sequence[str], rows: set[int], offsets: bool) -> Tokens:
+        """Cuts the texts at special tokens written out in them, as the reference does."""
+        segments, row_of, shift, literals = [], [], [], []
+        for row, text in enumerate(texts):
+            at = 0
+            for match in self._literal.finditer(text) if row in rows else ():
+                segments += [text[at : match.start()], ""]
+                row_of += [row, row]
+                shift += [at, match.start()]
+                literals += [None, match.group()]
+                at = match.end()
+            segments.append(text[at:])
+            row_of.append(row)
+            shift.append(at)
+            literals.append(None)
+        encoded = self._segments.encode(segments, self.do_lower_case, offsets)
+        parts = []
+        for i, literal in enumerate(literals):
+            part = encoded.of(i)
+            if literal is not None:
+                part = Tokens(*map(np.array, ([self._id_of(literal)], [0], [len(literal)], [0, 1])))
+            if offsets:
+                part = part._replace(starts=part.starts + shift[i], ends=part.ends + shift[i])
+            parts.append(part)
+        return Tokens.join(parts, row_of, len(texts))
+
+    def tokenize(self, text: str) -> list[str]:
+        """Token strings; unlike `convert_ids_to_tokens`, unknown ones show their own text."""
+        tokens = []
+        at = 0
+        matches = self._literal.finditer(text) if self._may_split(text) else iter(())
+        for match in matches:
+            tokens += self._tokenize_plain(text[at : match.start()])
+            tokens.append(match.group())
+            at = match.end()
+        return tokens + self._tokenize_plain(text[at:])
+
+    def _tokenize_plain(self, text: str) -> list[str]:
+        return self._segments.tokens(replace_surrogates(text), self.do_lower_case)
+
+    def encode(self, text: str, text_pair: str | None = None, **options: Any) -> list[int]:
+        """The `input_ids` of a call."""
+        ids: list[int] = self(text, text_pair, **options)["input_ids"]
+        return ids
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        text_pair: str | Sequence[str] | None = None,
+        *,
+        add_special_tokens: bool = True,
+        padding: bool | str = False,
+        truncation: bool | str = False,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        return_tensors: str | None = None,
+        return_attention_mask: bool = False,
+        return_token_type_ids: bool = False,
+        return_special_tokens_mask: bool = False,
+        return_offsets_mapping: bool = False,
+    ) -> Encoding:
+        """Model inputs for one text (or pair), or for a list of them.
+
+        Args:
+            truncation: True or `longest_first`, `only_first`, `only_second`; False: never cut.
+            max_length: for truncation and padding, in tokens with the special ones; None:
+                `model_max_length`.
+            padding: True or `longest`, `max_length`; False: none.
+            return_tensors: `pt` or `np`; None: lists.
+            return_attention_mask: PARITY: not given unless asked; the models know their padding.
+            return_offsets_mapping: (start, end) of each token in its own text; (0, 0) for
+                special tokens and padding.
+
+        Raises:
+            TypeError: a text is not a string.
+            ValueError: `text_pair` doesn't fit, a truncation leaves nothing to cut, or tensors are
+                asked for rows of different lengths.
+        """
+        single = isinstance(text, str)
+        texts = [text] if isinstance(text, str) else list(text)
+        pairs = [text_pair] if isinstance(text_pair, str) else text_pair
+        if pairs is not None and len(pairs) != len(texts):
+            raise ValueError(f"{len(texts)} texts but {len(pairs)} text pairs")
+        how_to_cut = _choice("truncation", truncation, TRUNCATIONS)
+        how_to_pad = _choice("padding", padding, PADDINGS)
+        limit = self.model_max_length if max_length is None else max_length
+        first = self.encode_batch(texts, offsets=return_offsets_mapping)
+        second = None if pairs is None else self.encode_batch(list(pairs), offsets=return_offsets_mapping)
+
+        rows = []
+        for i in range(len(texts)):
+            a, b = first.of(i), None if second is None else second.of(i)
+            if how_to_cut != "do_not_truncate":
+                n_special = self.num_special_tokens_to_add(b is not None) if add_special_tokens else 0
+                excess = len(a.ids) + (0 if b is None else len(b.ids)) + n_special - limit
+                a, b = self._truncate(a, b, excess, how_to_cut, limit)
+            rows.append(self._row(a, b, add_special_tokens))
+        asked = {
+            "input_ids": True,
+            "token_type_ids": return_token_type_ids,
+            "attention_mask": return_attention_mask,
+            "special_tokens_mask": return_special_tokens_mask,
+            "offset_mapping": return_offsets_mapping,
+        }
+        if how_to_pad != "do_not_pad":
+            self._pad(rows, limit if how_to_pad == "max_length" else None, pad_to_multiple_of)
+        columns = {name: [row[name] for row in rows] for name, wanted in asked.items() if wanted}
+        encoding = Encoding(_to_tensors(columns, return_tensors))
+        if single and return_tensors is None:
+            encoding = Encoding({name: values[0] for name, values in columns.items()})
+        encoding.replaced_surrogates = [
+            sum("\ud800" <= char <= "\udfff" for char in "".join(group)) if not "".join(group).isascii() else 0
+            for group in (zip(texts, strict=True) if pairs is None else zip(texts, pairs, strict=True))
+        ]
+        return encoding
+
+    def num_special_tokens_to_add(self, pair: bool = False) -> int:
+        """2 for one text, 4 for a pair."""
+        return 4 if pair else 2
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: Sequence[int], token_ids_1: Sequence[int] | None = None
+    ) -> list[int]:
+        """[CLS] A [SEP], or [CLS] A [SEP] [SEP] B [SEP]."""
+        cls, sep = [self.cls_token_id], [self.sep_token_id]
+        if token_ids_1 is None:
+            return [*cls, *token_ids_0, *sep]
+        return [*cls, *token_ids_0, *sep, *sep, *token_ids_1, *sep]
+
+    def get_special_tokens_mask(
+        self,
+        token_ids_0: Sequence[int],
+        token_ids_1: Sequence[int] | None = None,
+        already_has_special_tokens: bool = False,
+    ) -> list[int]:
+        """1 for each special token, 0 for the others."""
+        if already_has_special_tokens:
+            if token_ids_1 is not None:
+                raise ValueError("token_ids_1 must be None when the ids already have special tokens")
+            # PARITY: only [CLS] and [SEP] count.
+            return [int(i in (self.cls_token_id, self.sep_token_id)) for i in token_ids_0]
+        if token_ids_1 is None:
+            return [1, *[0] * len(token_ids_0), 1]
+        return [1, *[0] * len(token_ids_0), 1, 1, *[0] * len(token_ids_1), 1]
+
+    def create_token_type_ids_from_sequences(
+        self, token_ids_0: Sequence[int], token_ids_1: Sequence[int] | None = None
+    ) -> list[int]:
+        """0 for the first text, 1 from its [SEP] on (PARITY). The models don't use them."""
+        if token_ids_1 is None:
+            return [0] * (len(token_ids_0) + 2)
+        return [0] * (len(token_ids_0) + 1) + [1] * (len(token_ids_1) + 3)
+
+    def _truncate(
+        self, a: Tokens, b: Tokens | None, excess: int, how: str, limit: int
+    ) -> tuple[Tokens, Tokens | None]:
+        if excess <= 0:
+            return a, b
+        n_a, n_b = len(a.ids), 0 if b is None else len(b.ids)
+        if how == "only_second" and b is not None:
+            keep_a, keep_b = n_a, n_b - excess
+        elif how == "only_first" or b is None:
+            keep_a, keep_b = n_a - excess, n_b
+        else:
+            keep_a, keep_b = longest_first(n_a, n_b, excess)
+        # PARITY: the reference logs an error here and returns a sequence that is too long.
+        if (how == "only_second" and b is None) or keep_a < (0 if how == "longest_first" and b is not None else 1) or (b is not None and how == "only_second" and keep_b < 1) or keep_b < 0:
+            raise ValueError(
+                f"truncation={how!r} cannot cut {n_a} + {n_b} tokens to max_length={limit}: "
+                f"raise max_length or use truncation='longest_first'"
+            )
+        return self._cut(a, keep_a), None if b is None else self._cut(b, keep_b)
+
+    def _cut(self, tokens: Tokens, keep: int) -> Tokens:
+        kept = slice(None, keep) if self.truncation_side == "right" else slice(len(tokens.ids) - keep, None)
+        return Tokens(tokens.ids[kept], tokens.starts[kept], tokens.ends[kept], np.array([0, keep]))
+
+    def _row(self, a: Tokens, b: Tokens | None, add_special_tokens: bool) -> dict[str, list[Any]]:
+        ids_a, ids_b = a.ids.tolist(), None if b is None else b.ids.tolist()
+        offsets_a = list(zip(a.starts.tolist(), a.ends.tolist(), strict=True))
+        offsets_b = [] if b is None else list(zip(b.starts.tolist(), b.ends.tolist(), strict=True))
+        if add_special_tokens:
+            ids = self.build_inputs_with_special_tokens(ids_a, ids_b)
+            special = self.get_special_tokens_mask(ids_a, ids_b)
+            types = self.create_token_type_ids_from_sequences(ids_a, ids_b)
+            none = [(0, 0)]
+            offsets = none + offsets_a + none + ([] if b is None else none + offsets_b + none)
+        else:
+            ids = ids_a + (ids_b or [])
+            special = [0] * len(ids)
+            types = [0] * len(ids_a) + [1] * len(ids_b or [])
+            offsets = offsets_a + offsets_b
+        return {
+            "input_ids": ids,
+            "token_type_ids": types,
+            "attention_mask": [1] * len(ids),
+            "special_tokens_mask": special,
+            "offset_mapping": offsets,
+        }
+
+    def _pad(self, rows: list[dict[str, list[Any]]], length: int | None, multiple: int | None) -> None:
+        target = length if length is not None else max((len(r["input_ids"]) for r in rows), default=0)
+        if multiple:
+            target = -(-target // multiple) * multiple
+        filler = {
+            "input_ids": self.pad_token_id,
+            "token_type_ids": 0,
+            "attention_mask": 0,
+            "special_tokens_mask": 1,
+            "offset_mapping": (0, 0),
+        }
+        for row in rows:
+            n_missing = target - len(row["input_ids"])
+            for name, value in filler.items():
+                padding = [value] * n_missing
+                row[name] = row[name] + padding if self.padding_side == "right" else padding + row[name]
+
+    # ---- tokens to text -----------------------------------------------------------------------
+
+    def decode(
+        self,
+        token_ids: Iterable[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool = True,
+    ) -> str:
+        """Text of ids: readable, not exact (use offsets for that)."""
+        special = set(self.all_special_tokens)
+        words: list[str] = []
+        run: list[str] = []
+        for token in self.convert_ids_to_tokens(list(token_ids)):
+            if token not in special and token not in self._added:
+                run.append(token)
+                continue
+            words += [self.convert_tokens_to_string(run)] if run else []
+            run = []
+            words += [] if skip_special_tokens and token in special else [token]
+        words += [self.convert_tokens_to_string(run)] if run else []
+        text = " ".join(words)
+        return clean_up_tokenization(text) if clean_up_tokenization_spaces else text
+
+    def batch_decode(self, sequences: Iterable[Iterable[int]], **options: Any) -> list[str]:
+        """`decode` for each."""
+        return [self.decode(sequence, **options) for sequence in sequences]
+
+    def convert_tokens_to_string(self, tokens: Iterable[str]) -> str:
+        """Tokens joined, "▁" read as a space."""
+        return "".join(tokens).replace(UNDERLINE, " ").strip()
+
+
+def longest_first(n_a: int, n_b: int, excess: int) -> tuple[int, int]:
+    """What is left of two lengths after taking one at a time from the longer, ties from the second.
+
+    Example:
+        >>> longest_first(5, 3, 4)
+        (2, 2)
+    """
+    from_longer = min(excess, abs(n_a - n_b))
+    if n_a > n_b:
+        n_a -= from_longer
+    else:
+        n_b -= from_longer
+    rest = excess - from_longer
+    return n_a - rest // 2, n_b - (rest + 1) // 2
+
+
+def clean_up_tokenization(text: str) -> str:
+    """Removes the space before English punctuation and contractions, as transformers does."""
+    for mark in (" .", " ?", " !", " ,", " n't", " 'm", " 's", " 've", " 're"):
+        text = text.replace(mark, mark[1:])
+        if mark == " ,":
+            text = text.replace(" ' ", "'")
+    return text
+
+
+def _choice(name: str, value: bool | str, choices: Sequence[str]) -> str:
+    if isinstance(value, bool):
+        return choices[0] if value else choices[-1]
+    if value not in choices:
+        raise ValueError(f"{name} must be a boolean or one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def _to_tensors(columns: dict[str, list[Any]], kind: str | None) -> dict[str, Any]:
+    if kind is None:
+        return columns
+    if kind not in ("pt", "np"):
+        raise ValueError(f"return_tensors must be 'pt', 'np' or None, got {kind!r}")
+    if len({len(row) for row in columns["input_ids"]}) > 1:
+        raise ValueError("rows of different lengths do not make a tensor: pass padding=True")
+    arrays = {name: np.array(rows, dtype=np.int64) for name, rows in columns.items()}
+    if kind == "np":
+        return arrays
+    import torch
+
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+# ---- folders ----------------------------------------------------------------------------------
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _is_paddle(folder: Path) -> bool:
+    """Whether PaddleNLP wrote the folder."""
+    if any((folder / name).exists() for name in ("model_state.pdparams", "model_config.json")):
+        return True
+    config = _read_json(folder / "config.json")
+    return "paddlenlp_version" in config or "UIEM" in (config.get("architectures") or ())
+
+
+def _settings(stored: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Constructor arguments from a tokenizer_config.json."""
+    names = (
+        "do_lower_case", "lone_underline", "split_special_tokens", "padding_side",
+        "truncation_side", "sp_model_kwargs", *SPECIAL_TOKENS,
+    )
+    settings = {name: stored[name] for name in names if stored.get(name) is not None}
+    for name in SPECIAL_TOKENS:  # written as an object by some versions
+        if isinstance(settings.get(name), dict):
+            settings[name] = settings[name]["content"]
+    length = stored.get("model_max_length")
+    if isinstance(length, int) and 0 < length <= DEFAULT_MAX_LENGTH:
+        # Larger values are "no limit" (transformers) or wrong by two (PaddleNLP's 514).
+        settings["model_max_length"] = length
+    added = {}
+    for index, token in (stored.get("added_tokens_decoder") or {}).items():
+        if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
+            raise CheckpointError(
+                f"{folder}: added token {index} uses lstrip, rstrip or single_word, "
+                f"which is not supported"
+            )
+        added[token["content"]] = int(index)
+    settings["added_tokens"] = added
+    return settings
