@@ -3,6 +3,7 @@
 The model, the tokenizer and `pipeline` work without Ray; the batch job is in `erniem_batch.job`.
 """
 
+from erniem_batch.local import pipeline
 from erniem_batch.model.config import ErnieMConfig
 from erniem_batch.model.encoder import ErnieMModel
 from erniem_batch.model.heads import (
@@ -26,4 +27,5 @@ __all__ = [
     "ErnieMModel",
     "ErnieMTokenizer",
     "__version__",
+    "pipeline",
 ]

@@ -103,7 +103,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max-per-language", type=int, default=4000)
     parser.add_argument("--max-batch-tokens", type=int, default=1024)
     parser.add_argument("--max-length", type=int, default=192, help="tokens of one example")
-    parser.add_argument("--join", type=float, default=0.25, help="share of sentences joined with the next")
+    parser.add_argument(
+        "--join", type=float, default=0.25, help="share of sentences joined with the next"
+    )
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--weight-decay", type=float, default=0.01)
     parser.add_argument("--warmup", type=float, default=0.06, help="share of all batches")
@@ -137,7 +139,9 @@ def kinds_of(records: list[dict[str, Any]]) -> list[str]:
     return sorted({label for record in records for _, _, label in record["spans"]})
 
 
-def join_some(records: list[dict[str, Any]], share: float, rng: random.Random) -> list[dict[str, Any]]:
+def join_some(
+    records: list[dict[str, Any]], share: float, rng: random.Random
+) -> list[dict[str, Any]]:
     """Some records joined with the next of their language, so that the model sees more than one
     sentence at a time."""
     by_language = defaultdict(list)

@@ -34,7 +34,11 @@ def main() -> int:
     parser.add_argument("--max-vocab", type=int, default=22_000, help="rows of the word table")
     parser.add_argument("--layers", type=int, default=8, help="how many, from the input up")
     parser.add_argument(
-        "--texts", nargs=2, action="append", required=True, metavar=("GLOB", "WEIGHT"),
+        "--texts",
+        nargs=2,
+        action="append",
+        required=True,
+        metavar=("GLOB", "WEIGHT"),
         help="JSONL files whose strings count, and how much each use counts; repeatable",
     )
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The activation functions a config may name: the names and formulas of transformers 4.40.2 ACT2FN."""
+"""The activation functions a config may name: names and formulas of transformers 4.40.2 ACT2FN."""
 
 import math
 from collections.abc import Callable
@@ -67,6 +67,6 @@ def get_activation(hidden_act: str | Activation) -> Activation:
         return hidden_act
     try:
         return ACTIVATIONS[hidden_act]
-    except KeyError:
+    except (KeyError, TypeError):
         known = ", ".join(sorted(ACTIVATIONS))
         raise ConfigError(f"hidden_act must be one of {known}, got {hidden_act!r}") from None

@@ -9,6 +9,7 @@ import json
 import logging
 import pickle
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, ClassVar, Self
@@ -27,7 +28,9 @@ logger = logging.getLogger(__name__)
 BASE_PREFIX = "ernie_m."
 
 # Tensors that only some of the classes have. A checkpoint may hold those of another class.
-_HEAD_TENSORS = re.compile(r"^(ernie_m\.)?pooler\.|^(classifier|qa_outputs|linear_start|linear_end)\.")
+_HEAD_TENSORS = re.compile(
+    r"^(ernie_m\.)?pooler\.|^(classifier|qa_outputs|linear_start|linear_end)\."
+)
 
 _PADDLE_QKV = re.compile(r"(layers\.\d+\.self_attn)\.([qkv]_proj\.)")
 _EMBEDDING = re.compile(r"_embeddings\.weight$")
@@ -94,7 +97,12 @@ class PreTrainedModel(nn.Module):
         extra = {**self.config.extra, "torch_dtype": dtype, "transformers_version": "4.40.2"}
         config = replace_config(self.config, architectures=[type(self).__name__], extra=extra)
         config.save_pretrained(folder)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        # Never written in place: this or another process may have the old file memory-mapped.
+        partial, path = folder / "model.safetensors.partial", folder / "model.safetensors"
+        save_file(tensors, partial, metadata={"format": "pt"})
+        # safetensors lets only the owner read its files; whoever reads the config needs both.
+        shutil.copymode(folder / "config.json", partial)
+        partial.replace(path)
 
     def _init_all(self) -> None:
         if next(self.parameters()).is_meta:
@@ -130,9 +138,7 @@ def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """
     found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise CheckpointError(
-            f"dtype must be float32, bfloat16, float16 or float64, got {dtype!r}"
-        )
+        raise CheckpointError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype!r}")
     return found
 
 
@@ -168,7 +174,7 @@ def _shards(index: Path) -> list[Path]:
         return []
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not an index with a weight_map: {error}") from error
     paths = [index.parent / name for name in names]
     absent = [path.name for path in paths if not path.is_file()]
@@ -192,6 +198,8 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise CheckpointError(f"{path}: cannot be read safely: {error}") from first
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(f"{path}: expected a mapping of tensors, got {type(loaded).__name__}")
     return {name: tensor for name, tensor in loaded.items() if isinstance(tensor, Tensor)}
 
 
@@ -225,7 +233,7 @@ def _read_pdparams(path: Path) -> dict[str, Tensor]:
         if isinstance(value, tuple) and len(value) == 2:  # some versions store (name, array)
             value = value[1]
         if isinstance(value, np.ndarray):
-            tensors[name] = _tensor_from_paddle(value)
+            tensors[str(name)] = _tensor_from_paddle(value)
     return tensors
 
 
@@ -234,8 +242,10 @@ def _unpickle(file: IO[bytes], path: Path) -> Mapping[str, Any]:
         values = _ArrayUnpickler(file, encoding="latin1").load()
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError) as error:
-        raise CheckpointError(f"{path}: damaged or not a PaddleNLP weights file: {error}") from error
+    except Exception as error:  # a damaged pickle can raise anything
+        raise CheckpointError(
+            f"{path}: damaged or not a PaddleNLP weights file: {error}"
+        ) from error
     if not isinstance(values, Mapping):
         raise CheckpointError(f"{path}: expected a mapping of arrays, got {type(values).__name__}")
     return values
@@ -244,6 +254,8 @@ def _unpickle(file: IO[bytes], path: Path) -> Mapping[str, Any]:
 def _tensor_from_paddle(array: np.ndarray) -> Tensor:
     if array.dtype == np.uint16:  # how Paddle stores bfloat16
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    if array.dtype.kind not in "fiub":
+        raise CheckpointError(f"a tensor of the unknown kind {array.dtype}")
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
@@ -257,7 +269,9 @@ def to_our_names(tensors: Mapping[str, Tensor], class_name: str) -> dict[str, Te
     Square ones would load without complaint and compute nonsense, so the layout is read from
     `linear1`, whose two sides differ, and only guessed from the names when they do not.
     """
-    paddle_names = any(_PADDLE_QKV.search(name) and ".self_attn.self_attn." not in name for name in tensors)
+    paddle_names = any(
+        _PADDLE_QKV.search(name) and ".self_attn.self_attn." not in name for name in tensors
+    )
     transposed = _is_transposed(tensors, guess=paddle_names)
     ours = {}
     for name, tensor in tensors.items():
@@ -271,7 +285,11 @@ def to_our_names(tensors: Mapping[str, Tensor], class_name: str) -> dict[str, Te
 
 
 def _rename(name: str) -> str:
-    if "ernie_m." not in name and name.startswith("encoder.") and not name.startswith("encoder.layers"):
+    if (
+        "ernie_m." not in name
+        and name.startswith("encoder.")
+        and not name.startswith("encoder.layers")
+    ):
         # Checkpoints from before PaddleNLP 2.4.5 call the whole model `encoder`.
         name = BASE_PREFIX + name.removeprefix("encoder.")
     return name if ".self_attn.self_attn." in name else _PADDLE_QKV.sub(r"\1.self_attn.\2", name)
@@ -308,19 +326,23 @@ def _check(
     for name in dropped:
         del tensors[name]
     wrong_shape = sorted(
-        name
-        for name in tensors.keys() & wanted.keys()
-        if tensors[name].shape != wanted[name].shape
+        name for name in tensors.keys() & wanted.keys() if tensors[name].shape != wanted[name].shape
     )
     missing = sorted(wanted.keys() - tensors.keys())
     new_head = [n for n in [*missing, *wrong_shape] if _HEAD_TENSORS.match(n)]
     if allow_new_head:
         missing = [name for name in missing if name not in new_head]
         wrong_shape = [name for name in wrong_shape if name not in new_head]
-    problems = [f"{len(names)} tensors {what} ({_shorten(names)})" for what, names in (
-        ("missing", missing), ("unexpected", unexpected)) if names]
+    problems = [
+        f"{len(names)} tensors {what} ({_shorten(names)})"
+        for what, names in (("missing", missing), ("unexpected", unexpected))
+        if names
+    ]
     if wrong_shape:
-        shapes = [f"{n} is {tuple(tensors[n].shape)}, expected {tuple(wanted[n].shape)}" for n in wrong_shape]
+        shapes = [
+            f"{n} is {tuple(tensors[n].shape)}, expected {tuple(wanted[n].shape)}"
+            for n in wrong_shape
+        ]
         problems.append(f"{len(wrong_shape)} tensors of the wrong shape ({_shorten(shapes)})")
     if problems:
         hint = ""
@@ -331,7 +353,9 @@ def _check(
             )
         raise CheckpointError(f"{folder}: {'; '.join(problems)}{hint}")
     if dropped:
-        logger.info("left out tensors of another head folder=%s tensors=%s", folder, _shorten(dropped))
+        logger.info(
+            "left out tensors of another head folder=%s tensors=%s", folder, _shorten(dropped)
+        )
     if allow_new_head and new_head:
         logger.warning("NEW UNTRAINED HEAD folder=%s tensors=%s", folder, _shorten(new_head))
         return new_head

@@ -77,14 +77,17 @@ class ErnieMConfig:
     def __post_init__(self) -> None:
         self._check_numbers()
         self._set_labels()
-        pruned = {int(layer): sorted(map(int, heads)) for layer, heads in self.pruned_heads.items()}
+        pruned = {
+            layer: sorted(_int_keys("pruned_heads", {head: None for head in _listed(heads)}))
+            for layer, heads in _int_keys("pruned_heads", self.pruned_heads).items()
+        }
         object.__setattr__(self, "pruned_heads", pruned)
         for layer, heads in pruned.items():
             known_heads = set(range(self.num_attention_heads))
             if layer not in range(self.num_hidden_layers) or not set(heads) < known_heads:
                 raise ConfigError(
-                    f"pruned_heads[{layer}]={heads} does not fit {self.num_hidden_layers} layers of "
-                    f"{self.num_attention_heads} heads (at least one head must stay)"
+                    f"pruned_heads[{layer}]={heads} does not fit {self.num_hidden_layers} layers "
+                    f"of {self.num_attention_heads} heads (at least one head must stay)"
                 )
 
     def _check_numbers(self) -> None:
@@ -114,8 +117,15 @@ class ErnieMConfig:
                 _require_probability(name, getattr(self, name))
         for name in ("initializer_range", "layer_norm_eps"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
+            if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
                 raise ConfigError(f"{name} must be a number >= 0, got {value!r}")
+        for name in ("output_hidden_states", "output_attentions", "return_dict"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if isinstance(self.architectures, str) or not isinstance(
+            self.architectures, Sequence | None
+        ):
+            raise ConfigError(f"architectures must be a list of names, got {self.architectures!r}")
         get_activation(self.hidden_act)
         _require_choice("mask_mode", self.mask_mode, MASK_MODES)
         if self.problem_type is not None:
@@ -123,7 +133,8 @@ class ErnieMConfig:
 
     def _set_labels(self) -> None:
         if self.id2label is not None:
-            id2label = {int(index): str(label) for index, label in self.id2label.items()}
+            given = _int_keys("id2label", self.id2label)
+            id2label = {index: str(label) for index, label in given.items()}
             if sorted(id2label) != list(range(len(id2label))) or not id2label:
                 raise ConfigError(
                     f"id2label must number its labels 0, 1, 2, …; got the keys {sorted(id2label)}"
@@ -150,9 +161,7 @@ class ErnieMConfig:
 
     def with_labels(self, labels: Sequence[str]) -> Self:
         """A copy for a head with these labels."""
-        return replace(
-            self, id2label=dict(enumerate(labels)), label2id=None, num_labels=None
-        )
+        return replace(self, id2label=dict(enumerate(labels)), label2id=None, num_labels=None)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form that transformers 4.40.2 reads.
@@ -178,22 +187,28 @@ class ErnieMConfig:
         Raises:
             ConfigError: not an ErnieM config, or a value is impossible.
         """
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"a config is a JSON object, got {type(values).__name__}")
         flat = _flatten_paddle(values)
         model_type = flat.pop("model_type", "ernie_m")
         if model_type not in ("ernie_m", "ernie-m"):
             raise ConfigError(f"model_type must be 'ernie_m', got {model_type!r}")
         if flat.pop("is_decoder", False):
-            raise ConfigError("is_decoder=true: ErnieM is an encoder and cannot be used as a decoder")
+            raise ConfigError(
+                "is_decoder=true: ErnieM is an encoder and cannot be used as a decoder"
+            )
         if flat.pop("position_embedding_type", "absolute") != "absolute":
             raise ConfigError("position_embedding_type must be 'absolute'; no ErnieM has another")
         known = {f.name for f in fields(cls)} - {"extra"}
         ours = {name: value for name, value in flat.items() if name in known}
         extra = {name: value for name, value in flat.items() if name not in known}
-        if ours.get("id2label") is None and ours.get("label2id"):
-            ours["id2label"] = {index: label for label, index in ours["label2id"].items()}
+        if ours.get("pruned_heads") is None:
+            ours.pop("pruned_heads", None)
+        if ours.get("id2label") is None and isinstance(ours.get("label2id"), Mapping):
+            ours["id2label"] = {index: label for label, index in ours["label2id"].items()} or None
         if "intermediate_size" not in ours:  # missing in some PaddleNLP files, always 4 x hidden
             ours["intermediate_size"] = 4 * ours.get("hidden_size", cls.hidden_size)
-        if "mask_mode" not in ours and "UIEM" in (ours.get("architectures") or ()):
+        if "mask_mode" not in ours and "UIEM" in _listed(ours.get("architectures")):
             ours["mask_mode"] = "paddle"
         return cls(**ours, extra=extra)
 
@@ -210,7 +225,7 @@ class ErnieMConfig:
                 try:
                     values = json.loads(path.read_text(encoding="utf-8"))
                     return cls.from_dict(values)
-                except (ConfigError, TypeError, json.JSONDecodeError) as error:
+                except (ValueError, TypeError) as error:  # wrong encoding or JSON, and ConfigError
                     raise CheckpointError(f"{path}: {error}") from error
         raise CheckpointError(
             f"{folder}: expected a model folder with config.json (or PaddleNLP's "
@@ -221,7 +236,6 @@ class ErnieMConfig:
         """Writes config.json into the folder."""
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False)
         (Path(folder) / "config.json").write_text(text + "\n", encoding="utf-8")
-
 
 
 def _flatten_paddle(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,6 +259,18 @@ def _listing(folder: Path) -> str:
     if not folder.is_dir():
         return "no such folder"
     return ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "an empty folder"
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+
+
+def _int_keys(name: str, mapping: Any) -> dict[int, Any]:
+    """The mapping with its keys, which JSON writes as strings, as integers."""
+    try:
+        return {int(key): value for key, value in mapping.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ConfigError(f"{name} must be a mapping with whole numbers, got {mapping!r}") from None
 
 
 def _require_int(name: str, value: Any, minimum: int) -> None:

@@ -64,6 +64,8 @@ class ErnieMSelfAttention(nn.Module):
         )
         dropout_p = self.dropout_p if self.training else 0.0
         probs_BHLL = None
+        if bias_BHLL.size(1) > len(self.kept_heads):  # a mask per head, some of them pruned
+            bias_BHLL = bias_BHLL[:, self.kept_heads]
         if explicit:
             scores_BHLL = q_BHLK @ k_BHLK.transpose(-1, -2) / math.sqrt(self.head_width)
             probs_BHLL = F.dropout(torch.softmax(scores_BHLL + bias_BHLL, dim=-1), p=dropout_p)
@@ -78,7 +80,9 @@ class ErnieMSelfAttention(nn.Module):
         return mixed_BHLK.transpose(1, 2).flatten(2), probs_BHLL
 
     def _split_heads(self, x_BLD: Tensor) -> Tensor:
-        return x_BLD.unflatten(-1, (len(self.kept_heads), self.head_width)).transpose(1, 2)
+        n_batch, n_tokens = x_BLD.shape[:2]
+        x_BLHK = x_BLD.view(n_batch, n_tokens, len(self.kept_heads), self.head_width)
+        return x_BLHK.transpose(1, 2)
 
     def prune(self, heads: set[int]) -> Tensor:
         """Drops heads; gives back the columns that the output projection has to keep."""
@@ -120,7 +124,9 @@ class ErnieMEncoderLayer(nn.Module):
         act_dropout = config.act_dropout
         self.self_attn = ErnieMAttention(config, kept_heads)
         self.linear1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob if act_dropout is None else act_dropout)
+        self.dropout = nn.Dropout(
+            config.hidden_dropout_prob if act_dropout is None else act_dropout
+        )
         self.linear2 = nn.Linear(config.intermediate_size, config.hidden_size)
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -145,7 +151,9 @@ class ErnieMEncoder(nn.Module):
         super().__init__()
         heads = range(config.num_attention_heads)
         self.layers = nn.ModuleList(
-            ErnieMEncoderLayer(config, [h for h in heads if h not in config.pruned_heads.get(i, ())])
+            ErnieMEncoderLayer(
+                config, [h for h in heads if h not in config.pruned_heads.get(i, ())]
+            )
             for i in range(config.num_hidden_layers)
         )
 
@@ -259,7 +267,13 @@ class ErnieMModel(PreTrainedModel):
             low, high = -POSITION_OFFSET, self.config.max_tokens
             if position_ids.numel() and (position_ids.min() < low or position_ids.max() >= high):
                 raise ValueError(f"position_ids must be from {low} to {high - 1}")
-            return position_ids.expand(words_BLD.shape[:2])
+            n_batch, n_tokens = words_BLD.shape[:2]
+            if position_ids.shape not in ((n_batch, n_tokens), (1, n_tokens), (n_tokens,)):
+                raise ValueError(
+                    f"position_ids must be (batch, tokens) = {(n_batch, n_tokens)}, "
+                    f"got {tuple(position_ids.shape)}"
+                )
+            return position_ids.expand(n_batch, n_tokens)
         positions_L = torch.arange(words_BLD.size(1), device=words_BLD.device)
         return positions_L.expand(words_BLD.shape[:2])
 
@@ -267,15 +281,16 @@ class ErnieMModel(PreTrainedModel):
         self, input_ids: Tensor | None, hidden_BLD: Tensor, attention_mask: Tensor | None
     ) -> Tensor:
         """What is added to the scores: 0 to attend, hugely negative to hide; broadcasts to BHLL."""
+        config = self.config
         n_batch, n_tokens = hidden_BLD.shape[:2]
         if attention_mask is None:
             attention_mask = self._default_mask(input_ids, hidden_BLD)
-        fits = {
-            2: lambda m: m.shape == (n_batch, n_tokens),
-            3: lambda m: m.shape == (n_batch, n_tokens, n_tokens),
-            4: lambda m: m.size(0) in (1, n_batch) and m.size(-1) == n_tokens,
-        }.get(attention_mask.ndim)
-        if fits is None or not fits(attention_mask):
+        sizes = {
+            2: ((n_batch,), (n_tokens,)),
+            3: ((n_batch,), (n_tokens,), (n_tokens,)),
+            4: ((1, n_batch), (1, config.num_attention_heads), (1, n_tokens), (n_tokens,)),
+        }.get(attention_mask.ndim, ())
+        if not sizes or any(n not in ok for n, ok in zip(attention_mask.shape, sizes, strict=True)):
             raise ValueError(
                 f"attention_mask must be (batch, tokens) = {(n_batch, n_tokens)}, (batch, tokens, "
                 f"tokens) or (batch, heads, tokens, tokens); got {tuple(attention_mask.shape)}"
@@ -293,11 +308,11 @@ class ErnieMModel(PreTrainedModel):
     def _default_mask(self, input_ids: Tensor | None, hidden_BLD: Tensor) -> Tensor:
         if input_ids is None:
             return hidden_BLD.new_ones(hidden_BLD.shape[:2])
-        keep_BL = input_ids != self.config.pad_token_id
+        keep_BL: Tensor = input_ids != self.config.pad_token_id
         if self.config.mask_mode == "pad":
             return keep_BL
         # PARITY: PaddleNLP hides id 0, which in this vocabulary is [CLS].
-        not_cls_BL = input_ids != PADDLE_HIDDEN_ID
+        not_cls_BL: Tensor = input_ids != PADDLE_HIDDEN_ID
         return not_cls_BL & keep_BL if self.config.mask_mode == "paddle" else not_cls_BL
 
     def _head_masks(self, head_mask: Tensor | None, hidden_BLD: Tensor) -> Sequence[Tensor | None]:
@@ -318,9 +333,13 @@ class ErnieMModel(PreTrainedModel):
             layer: sorted({*already.get(layer, ()), *heads_by_layer.get(layer, ())})
             for layer in {*already, *heads_by_layer}
         }
-        self.config = replace(self.config, pruned_heads=merged)  # checks the numbers before anything changes
-        for layer, heads in heads_by_layer.items():
-            self.encoder.layers[layer].self_attn.prune(set(heads))
+        self.config = replace(
+            self.config, pruned_heads=merged
+        )  # checks the numbers before anything changes
+        for index, heads in heads_by_layer.items():
+            layer = self.encoder.layers[index]
+            assert isinstance(layer, ErnieMEncoderLayer)
+            layer.self_attn.prune(set(heads))
 
     def resize_token_embeddings(self, vocab_size: int) -> None:
         """Cuts the word table or appends freshly initialised rows."""

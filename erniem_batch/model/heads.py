@@ -5,9 +5,9 @@ because the reference orders the arguments differently from class to class.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -33,7 +33,8 @@ class _Head(PreTrainedModel):
     @property
     def config(self) -> ErnieMConfig:
         """The encoder's config: one copy, whatever changes it."""
-        return self.ernie_m.config
+        config: ErnieMConfig = self.ernie_m.config
+        return config
 
     def prune_heads(self, heads_by_layer: Mapping[int, Sequence[int]]) -> None:
         """Removes attention heads for good; `save_pretrained` remembers which."""
@@ -95,7 +96,7 @@ class ErnieMForSequenceClassification(_Head):
             logits = logits_BC.squeeze() if n_labels == 1 else logits_BC
             return F.mse_loss(logits, (labels.squeeze() if n_labels == 1 else labels).to(logits))
         if kind == "single_label_classification":
-            return F.cross_entropy(logits_BC, labels.view(-1).long(), ignore_index=IGNORED_LABEL)
+            return F.cross_entropy(logits_BC, labels.reshape(-1).long(), ignore_index=IGNORED_LABEL)
         return F.binary_cross_entropy_with_logits(logits_BC, labels.to(logits_BC))
 
     def _guess_problem_type(self, labels: Tensor) -> str:
@@ -103,7 +104,7 @@ class ErnieMForSequenceClassification(_Head):
         # refuses labels of another kind.
         if len(self.config.labels) == 1:
             return "regression"
-        if labels.dtype.is_floating_point or labels.ndim > 1:
+        if labels.dtype.is_floating_point or labels.shape[1:] == (len(self.config.labels),):
             return "multi_label_classification"
         return "single_label_classification"
 
@@ -138,7 +139,9 @@ class ErnieMForMultipleChoice(_Head):
         given = input_ids if input_ids is not None else inputs_embeds
         n_dims = 3 if input_ids is not None else 4
         if given is None or given.ndim != n_dims:
-            raise ValueError("expected input_ids (batch, choices, tokens) or inputs_embeds (…, hidden)")
+            raise ValueError(
+                "expected input_ids (batch, choices, tokens) or inputs_embeds (…, hidden)"
+            )
         flat = {
             name: None if tensor is None else tensor.flatten(0, 1)
             for name, tensor in (
@@ -178,7 +181,7 @@ class ErnieMForTokenClassification(_Head):
         """logits (batch, tokens, labels).
 
         Args:
-            labels: int (batch, tokens); -100 is ignored. PARITY: the attention mask isn't consulted.
+            labels: int (batch, tokens); -100 is ignored. PARITY: the mask isn't consulted.
             encoder_arguments: see ErnieMModel.forward.
         """
         encoded = self._encode(input_ids, encoder_arguments)
@@ -186,7 +189,9 @@ class ErnieMForTokenClassification(_Head):
         loss = None
         if labels is not None:
             flat_labels = labels.reshape(-1).long()
-            loss = F.cross_entropy(logits_BLC.flatten(0, 1), flat_labels, ignore_index=IGNORED_LABEL)
+            loss = F.cross_entropy(
+                logits_BLC.flatten(0, 1), flat_labels, ignore_index=IGNORED_LABEL
+            )
         output: LogitsOutput = self._finish(LogitsOutput(loss, logits_BLC), encoded, return_dict)
         return output
 
@@ -197,6 +202,8 @@ class ErnieMForQuestionAnswering(_Head):
     pooled = False
 
     def __init__(self, config: ErnieMConfig) -> None:
+        if len(config.labels) != 2:  # a start and an end, whatever came before
+            config = replace(config, id2label=None, num_labels=2)
         super().__init__(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self._init_all()

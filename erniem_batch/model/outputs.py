@@ -26,7 +26,7 @@ class ModelOutput:
 
 @dataclass
 class EncoderOutput(ModelOutput):
-    """last_hidden_state: (batch, tokens, hidden). pooler_output: (batch, hidden), None without one."""
+    """last_hidden_state: (batch, tokens, hidden); pooler_output: (batch, hidden) or None."""
 
     last_hidden_state: Tensor
     pooler_output: Tensor | None = None

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain
+from threading import Lock
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -45,9 +46,16 @@ class Tokens(NamedTuple):
         lengths = np.zeros(n_rows, dtype=np.int64)
         for part, row in zip(parts, row_of_part, strict=True):
             lengths[row] += len(part.ids)
-        flat = (np.concatenate([np.zeros(0, np.int64), *arrays]) for arrays in (
-            [p.ids for p in parts], [p.starts for p in parts], [p.ends for p in parts]))
-        return Tokens(*flat, splits=_splits(lengths))
+        flat = (
+            np.concatenate([np.zeros(0, np.int64), *arrays])
+            for arrays in (
+                [p.ids for p in parts],
+                [p.starts for p in parts],
+                [p.ends for p in parts],
+            )
+        )
+        ids, starts, ends = flat
+        return Tokens(ids, starts, ends, _splits(lengths))
 
 
 def replace_surrogates(text: str) -> str:
@@ -77,6 +85,7 @@ class SegmentEncoder:
     ) -> None:
         self._processor = processor
         self._table = table
+        self._table_lock = Lock()  # new pieces are added to it while it is read
         self._drop_underlines = drop_underlines
         self._options = {"num_threads": num_threads, **sampling}
         self._vanishes = lru_cache(maxsize=65536)(self._vanishes_uncached)
@@ -89,6 +98,10 @@ class SegmentEncoder:
             lower: lower-case first, character by character, as the reference does.
         """
         fed = [_lower(text) for text in texts] if lower else texts
+        with self._table_lock:
+            return self._encode(texts, fed, offsets)
+
+    def _encode(self, texts: Sequence[str], fed: Sequence[str], offsets: bool) -> Tokens:
         pieces = self._processor.encode(list(fed), return_type=str, **self._options)
         n_pieces = np.fromiter(map(len, pieces), np.int64, len(pieces))
         index = self._table.indices(chain.from_iterable(pieces))
@@ -117,9 +130,12 @@ class SegmentEncoder:
 
     def tokens(self, text: str, lower: bool) -> list[str]:
         """Token strings of one text, unknown ones as they stand in the normalised text."""
-        pieces = self._processor.encode(_lower(text) if lower else text, return_type=str, **self._options)
-        index = self._table.indices(pieces)
-        dropped = self._dropped(index, np.array([0, len(index)]))
+        pieces = self._processor.encode(
+            _lower(text) if lower else text, return_type=str, **self._options
+        )
+        with self._table_lock:
+            index = self._table.indices(pieces)
+            dropped = self._dropped(index, np.array([0, len(index)]))
         return [
             piece[start:end]
             for piece, drop in zip(pieces, dropped, strict=True)
@@ -162,7 +178,7 @@ class SegmentEncoder:
             len(texts),
         )
         new_starts, new_ends = starts - 1, ends - 1
-        aligned = [row for row in np.flatnonzero(~plain) if len(fed[row])]
+        aligned = [row for row in np.flatnonzero(~plain).tolist() if fed[row]]
         if not aligned:
             return new_starts, new_ends
         maps = [self._alignment(texts[row], fed[row]) for row in aligned]

@@ -123,13 +123,20 @@ class ErnieMTokenizer:
             if token not in self._vocab and token not in self._added:
                 self._added[token] = max([len(self._vocab) - 1, *self._added.values()]) + 1
         self._token_of = {i: token for token, i in {**self._vocab, **self._added}.items()}
-        self.unk_token_id, self.sep_token_id, self.pad_token_id, self.cls_token_id, self.mask_token_id = (
-            self._id_of(getattr(self, name)) for name in SPECIAL_TOKENS
-        )
+        (
+            self.unk_token_id,
+            self.sep_token_id,
+            self.pad_token_id,
+            self.cls_token_id,
+            self.mask_token_id,
+        ) = (self._id_of(getattr(self, name)) for name in SPECIAL_TOKENS)
         literals = sorted({*self.all_special_tokens, *self._added}, key=len, reverse=True)
         self._literal = re.compile("|".join(map(re.escape, literals)))
-        sampling = {k: v for k, v in self.sp_model_kwargs.items()
-                    if k in ("enable_sampling", "nbest_size", "alpha")}
+        sampling = {
+            k: v
+            for k, v in self.sp_model_kwargs.items()
+            if k in ("enable_sampling", "nbest_size", "alpha")
+        }
         if sampling.get("enable_sampling"):
             sampling = {"nbest_size": 64, "alpha": 0.1, **sampling}
         self._segments = SegmentEncoder(
@@ -141,7 +148,7 @@ class ErnieMTokenizer:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        hidden = ("_processor", "_segments", "_literal")
+        hidden = ("_processor", "_segments", "_literal", "_vocab", "_added", "_token_of")
         return {name: value for name, value in self.__dict__.items() if name not in hidden}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -164,7 +171,7 @@ class ErnieMTokenizer:
         model_path, vocab_path = folder / SENTENCEPIECE_FILE, folder / VOCAB_FILE
         if not model_path.is_file():
             raise CheckpointError(f"{folder}: expected a tokenizer file {SENTENCEPIECE_FILE}")
-        settings = {"lone_underline": "paddle" if _is_paddle(folder) else "hf"}
+        settings: dict[str, Any] = {"lone_underline": "paddle" if _is_paddle(folder) else "hf"}
         settings.update(_settings(_read_json(folder / "tokenizer_config.json"), folder))
         settings.setdefault("added_tokens", {}).update(_read_json(folder / "added_tokens.json"))
         vocab = None
@@ -204,7 +211,9 @@ class ErnieMTokenizer:
             text = json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True)
             (folder / name).write_text(text + "\n", encoding="utf-8")
 
-    def save_vocabulary(self, folder: str | Path, filename_prefix: str | None = None) -> tuple[str, ...]:
+    def save_vocabulary(
+        self, folder: str | Path, filename_prefix: str | None = None
+    ) -> tuple[str, ...]:
         """Writes vocab.txt (if there is one) and the SentencePiece model; gives their paths."""
         prefix = f"{filename_prefix}-" if filename_prefix else ""
         model_path = Path(folder) / f"{prefix}{SENTENCEPIECE_FILE}"
@@ -271,6 +280,8 @@ class ErnieMTokenizer:
         Raises:
             TypeError: a text is not a string; names its place and type.
         """
+        if isinstance(texts, str):
+            raise TypeError("texts must be a sequence of strings, got one string")
         for i, text in enumerate(texts):
             if not isinstance(text, str):
                 raise TypeError(f"text {i} must be a string, got {type(text).__name__}")
@@ -303,7 +314,8 @@ class ErnieMTokenizer:
         for i, literal in enumerate(literals):
             part = encoded.of(i)
             if literal is not None:
-                part = Tokens(*map(np.array, ([self._id_of(literal)], [0], [len(literal)], [0, 1])))
+                end = len(literal) if offsets else 0
+                part = Tokens(*map(np.array, ([self._id_of(literal)], [0], [end], [0, 1])))
             if offsets:
                 part = part._replace(starts=part.starts + shift[i], ends=part.ends + shift[i])
             parts.append(part)
@@ -370,13 +382,19 @@ class ErnieMTokenizer:
         how_to_pad = _choice("padding", padding, PADDINGS)
         limit = self.model_max_length if max_length is None else max_length
         first = self.encode_batch(texts, offsets=return_offsets_mapping)
-        second = None if pairs is None else self.encode_batch(list(pairs), offsets=return_offsets_mapping)
+        second = (
+            None
+            if pairs is None
+            else self.encode_batch(list(pairs), offsets=return_offsets_mapping)
+        )
 
         rows = []
         for i in range(len(texts)):
             a, b = first.of(i), None if second is None else second.of(i)
             if how_to_cut != "do_not_truncate":
-                n_special = self.num_special_tokens_to_add(b is not None) if add_special_tokens else 0
+                n_special = (
+                    self.num_special_tokens_to_add(b is not None) if add_special_tokens else 0
+                )
                 excess = len(a.ids) + (0 if b is None else len(b.ids)) + n_special - limit
                 a, b = self._truncate(a, b, excess, how_to_cut, limit)
             rows.append(self._row(a, b, add_special_tokens))
@@ -394,8 +412,12 @@ class ErnieMTokenizer:
         if single and return_tensors is None:
             encoding = Encoding({name: values[0] for name, values in columns.items()})
         encoding.replaced_surrogates = [
-            sum("\ud800" <= char <= "\udfff" for char in "".join(group)) if not "".join(group).isascii() else 0
-            for group in (zip(texts, strict=True) if pairs is None else zip(texts, pairs, strict=True))
+            sum("\ud800" <= char <= "\udfff" for char in "".join(group))
+            if not "".join(group).isascii()
+            else 0
+            for group in (
+                zip(texts, strict=True) if pairs is None else zip(texts, pairs, strict=True)
+            )
         ]
         return encoding
 
@@ -421,7 +443,9 @@ class ErnieMTokenizer:
         """1 for each special token, 0 for the others."""
         if already_has_special_tokens:
             if token_ids_1 is not None:
-                raise ValueError("token_ids_1 must be None when the ids already have special tokens")
+                raise ValueError(
+                    "token_ids_1 must be None when the ids already have special tokens"
+                )
             # PARITY: only [CLS] and [SEP] count.
             return [int(i in (self.cls_token_id, self.sep_token_id)) for i in token_ids_0]
         if token_ids_1 is None:
@@ -449,7 +473,12 @@ class ErnieMTokenizer:
         else:
             keep_a, keep_b = longest_first(n_a, n_b, excess)
         # PARITY: the reference logs an error here and returns a sequence that is too long.
-        if (how == "only_second" and b is None) or keep_a < (0 if how == "longest_first" and b is not None else 1) or (b is not None and how == "only_second" and keep_b < 1) or keep_b < 0:
+        if (
+            (how == "only_second" and b is None)
+            or keep_a < (0 if how == "longest_first" and b is not None else 1)
+            or (b is not None and how == "only_second" and keep_b < 1)
+            or keep_b < 0
+        ):
             raise ValueError(
                 f"truncation={how!r} cannot cut {n_a} + {n_b} tokens to max_length={limit}: "
                 f"raise max_length or use truncation='longest_first'"
@@ -457,7 +486,11 @@ class ErnieMTokenizer:
         return self._cut(a, keep_a), None if b is None else self._cut(b, keep_b)
 
     def _cut(self, tokens: Tokens, keep: int) -> Tokens:
-        kept = slice(None, keep) if self.truncation_side == "right" else slice(len(tokens.ids) - keep, None)
+        kept = (
+            slice(None, keep)
+            if self.truncation_side == "right"
+            else slice(len(tokens.ids) - keep, None)
+        )
         return Tokens(tokens.ids[kept], tokens.starts[kept], tokens.ends[kept], np.array([0, keep]))
 
     def _row(self, a: Tokens, b: Tokens | None, add_special_tokens: bool) -> dict[str, list[Any]]:
@@ -483,8 +516,12 @@ class ErnieMTokenizer:
             "offset_mapping": offsets,
         }
 
-    def _pad(self, rows: list[dict[str, list[Any]]], length: int | None, multiple: int | None) -> None:
-        target = length if length is not None else max((len(r["input_ids"]) for r in rows), default=0)
+    def _pad(
+        self, rows: list[dict[str, list[Any]]], length: int | None, multiple: int | None
+    ) -> None:
+        target = (
+            length if length is not None else max((len(r["input_ids"]) for r in rows), default=0)
+        )
         if multiple:
             target = -(-target // multiple) * multiple
         filler = {
@@ -498,7 +535,9 @@ class ErnieMTokenizer:
             n_missing = target - len(row["input_ids"])
             for name, value in filler.items():
                 padding = [value] * n_missing
-                row[name] = row[name] + padding if self.padding_side == "right" else padding + row[name]
+                row[name] = (
+                    row[name] + padding if self.padding_side == "right" else padding + row[name]
+                )
 
     # ---- tokens to text -----------------------------------------------------------------------
 
@@ -509,18 +548,17 @@ class ErnieMTokenizer:
         clean_up_tokenization_spaces: bool = True,
     ) -> str:
         """Text of ids: readable, not exact (use offsets for that)."""
-        special = set(self.all_special_tokens)
-        words: list[str] = []
-        run: list[str] = []
-        for token in self.convert_ids_to_tokens(list(token_ids)):
-            if token not in special and token not in self._added:
-                run.append(token)
-                continue
-            words += [self.convert_tokens_to_string(run)] if run else []
-            run = []
-            words += [] if skip_special_tokens and token in special else [token]
-        words += [self.convert_tokens_to_string(run)] if run else []
-        text = " ".join(words)
+        skipped = set(self.all_special_ids) if skip_special_tokens else set()
+        tokens = self.convert_ids_to_tokens([i for i in token_ids if i not in skipped])
+        # PARITY: special tokens are joined like any other, added ones stand alone.
+        alone = self._added.keys() - set(self.all_special_tokens)
+        runs: list[list[str]] = [[]]
+        for token in tokens:
+            if token in alone:
+                runs += [[token], []]
+            else:
+                runs[-1].append(token)
+        text = " ".join(filter(None, map(self.convert_tokens_to_string, runs)))
         return clean_up_tokenization(text) if clean_up_tokenization_spaces else text
 
     def batch_decode(self, sequences: Iterable[Iterable[int]], **options: Any) -> list[str]:
@@ -588,7 +626,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not UTF-8 or not JSON
         raise CheckpointError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
@@ -606,8 +644,13 @@ def _is_paddle(folder: Path) -> bool:
 def _settings(stored: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Constructor arguments from a tokenizer_config.json."""
     names = (
-        "do_lower_case", "lone_underline", "split_special_tokens", "padding_side",
-        "truncation_side", "sp_model_kwargs", *SPECIAL_TOKENS,
+        "do_lower_case",
+        "lone_underline",
+        "split_special_tokens",
+        "padding_side",
+        "truncation_side",
+        "sp_model_kwargs",
+        *SPECIAL_TOKENS,
     )
     settings = {name: stored[name] for name in names if stored.get(name) is not None}
     for name in SPECIAL_TOKENS:  # written as an object by some versions

@@ -1,0 +1,90 @@
+"""What a predictor may be told; checked when it is made, so that mistakes are found at the start."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from erniem_batch.errors import ConfigError
+
+DEMO = "demo"
+DEMO_MODEL = Path(__file__).parent / "demo" / "model"
+AGGREGATION_STRATEGIES = ("none", "simple", "first", "average", "max")
+DTYPES = ("float32", "bfloat16", "float16")
+N_SPECIAL_TOKENS = 2
+
+# Padded tokens in one forward pass. A CPU is fastest while a batch stays in its cache; a GPU needs
+# enough work to fill it.
+DEFAULT_BATCH_TOKENS = {"cpu": 1024, "cuda": 16_384}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictorConfig:
+    """One model for one task.
+
+    Args:
+        model: a model folder, or `demo` for the one that comes with the package.
+        task: which task of `erniem_batch.tasks` to run.
+        aggregation_strategy: how token labels become entities.
+        min_score: entities that score lower are left out.
+        window_tokens: longest model input, special tokens included.
+        overlap_tokens: tokens that two neighbouring windows of a long text share.
+        max_batch_tokens: padded tokens in one forward pass; None: by device.
+        dtype: of weights and computation.
+        device: cpu, cuda, cuda:1, …; None: cuda if there is one.
+        n_threads: threads of one forward pass on CPU; None: torch's choice.
+    """
+
+    model: str = DEMO
+    task: str = "ner"
+    aggregation_strategy: str = "simple"
+    min_score: float = 0.0
+    window_tokens: int = 512
+    overlap_tokens: int = 128
+    max_batch_tokens: int | None = None
+    dtype: str = "float32"
+    device: str | None = None
+    n_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.aggregation_strategy not in AGGREGATION_STRATEGIES:
+            raise ConfigError(
+                f"aggregation_strategy must be one of {', '.join(AGGREGATION_STRATEGIES)}, "
+                f"got {self.aggregation_strategy!r}"
+            )
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if not 0 <= self.min_score <= 1:
+            raise ConfigError(f"min_score must be from 0 to 1, got {self.min_score}")
+        if self.window_tokens <= N_SPECIAL_TOKENS:
+            raise ConfigError(
+                f"window_tokens={self.window_tokens} leaves no room for text beside "
+                f"{N_SPECIAL_TOKENS} special tokens"
+            )
+        if not 0 <= self.overlap_tokens < self.window_tokens - N_SPECIAL_TOKENS:
+            raise ConfigError(
+                f"overlap_tokens={self.overlap_tokens} must be from 0 to "
+                f"{self.window_tokens - N_SPECIAL_TOKENS - 1} (window_tokens={self.window_tokens} "
+                f"less the special tokens): lower it or raise window_tokens"
+            )
+        if self.max_batch_tokens is not None and self.max_batch_tokens < self.window_tokens:
+            raise ConfigError(
+                f"window_tokens={self.window_tokens} does not fit in "
+                f"max_batch_tokens={self.max_batch_tokens}: raise max_batch_tokens to at least "
+                f"{self.window_tokens} or lower window_tokens"
+            )
+        if self.n_threads is not None and self.n_threads < 1:
+            raise ConfigError(f"n_threads must be at least 1, got {self.n_threads}")
+
+    @property
+    def model_folder(self) -> Path:
+        """Where the model is.
+
+        Raises:
+            ConfigError: there is no such folder.
+        """
+        folder = DEMO_MODEL if self.model == DEMO else Path(self.model).expanduser()
+        if not folder.is_dir():
+            raise ConfigError(
+                f"model={self.model!r} is not a folder: give the path of a model folder of "
+                f"transformers or PaddleNLP, or {DEMO!r}"
+            )
+        return folder

@@ -1,0 +1,142 @@
+"""The one typed configuration of a job: flags are made from it, and it is checked when it is made."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from erniem_batch.config import PredictorConfig
+from erniem_batch.errors import ConfigError
+
+# Columns that a job adds to those of the input.
+ADDED_COLUMNS = ("entities", "n_tokens", "n_windows", "truncated")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobConfig:
+    """One run over a corpus.
+
+    Args:
+        input: Parquet or JSONL: a file, a folder or a glob; repeatable. Default: sample texts that
+            come with the package.
+        output: Folder for the results; must not hold results of these files yet. Needed with
+            --input.
+        model: Model folder of transformers or PaddleNLP, or "demo".
+        text_column: Column to read; a dot goes into nested ones: doc.body.
+        columns: Input columns to carry into the output, comma-separated. Default: all.
+        limit: Stop after so many rows of the input.
+        input_format: Default: by file name (.parquet; .jsonl, .ndjson or .json, also with .gz or
+            .zst).
+        output_format: One output file for each unit of work, in this format.
+        aggregation_strategy: How token labels become entities: none gives tokens; simple groups
+            neighbours of one kind; first, average and max first give each word one label.
+        min_score: Leave out entities that score lower (0 to 1).
+        window_tokens: Longest model input, special tokens included; longer texts are read in
+            overlapping windows.
+        overlap_tokens: Tokens that neighbouring windows share (the doc_stride of Hugging Face's
+            fast tokenizers, not SQuAD's, which is a step).
+        max_batch_tokens: Padded tokens in one forward pass. Default: 1024 on CPU, 16384 on GPU.
+        unit_bytes: Size of a unit of work in bytes of text: 30 to 120 seconds of one actor are
+            good. Default: 1 MiB on CPU, 16 MiB on GPU. A Parquet row group is never divided.
+        actors: Smallest and largest number of model actors, MIN:MAX. Default: what the machine or
+            cluster holds.
+        num_gpus_per_actor: GPUs of an actor; 0 runs on CPU.
+        num_cpus_per_actor: CPUs (and threads) of an actor. Default: all cores up to 4 on one
+            machine, else 4; 1 with a GPU.
+        dtype: Of weights and computation; float32 is exact.
+        address: Ray cluster to use: auto, an IP:PORT or ray://HOST:PORT. Default: inside a Ray job
+            its own cluster, else a local one just for this run.
+
+    Raises:
+        ConfigError: a value is impossible; says what was expected and what came.
+    """
+
+    input: Annotated[list[str], Parameter(negative=())] = field(default_factory=list)
+    output: str | None = None
+    model: str = PredictorConfig.model
+    text_column: str = "text"
+    columns: str | None = None
+    limit: int | None = None
+    input_format: Literal["auto", "parquet", "jsonl"] = "auto"
+    output_format: Literal["parquet", "jsonl"] = "parquet"
+    aggregation_strategy: Literal["none", "simple", "first", "average", "max"] = "simple"
+    min_score: float = PredictorConfig.min_score
+    window_tokens: int = PredictorConfig.window_tokens
+    overlap_tokens: int = PredictorConfig.overlap_tokens
+    max_batch_tokens: int | None = None
+    unit_bytes: int | None = None
+    actors: str | None = None
+    num_gpus_per_actor: float = 0.0
+    num_cpus_per_actor: int | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, minimum in (("limit", 1), ("unit_bytes", 1), ("num_cpus_per_actor", 1)):
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise ConfigError(f"{_flag(name)} must be at least {minimum}, got {value}")
+        if self.num_gpus_per_actor < 0:
+            raise ConfigError(
+                f"--num-gpus-per-actor must be at least 0, got {self.num_gpus_per_actor}"
+            )
+        if self.input and not self.output:
+            raise ConfigError("--output is needed with --input: give a folder for the results")
+        if not self.text_column:
+            raise ConfigError("--text-column must name a column")
+        _ = self.actor_range, self.predictor  # both check themselves
+        clash = [name for name in self.carried_columns or () if name in ADDED_COLUMNS]
+        if clash:
+            raise ConfigError(
+                f"--columns {', '.join(clash)}: the job adds columns of this name; "
+                f"rename them in the input or leave them out"
+            )
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether the sample texts are the input."""
+        return not self.input
+
+    @property
+    def carried_columns(self) -> list[str] | None:
+        """Names of input columns to carry; None: all."""
+        if self.columns is None:
+            return None
+        return [name.strip() for name in self.columns.split(",") if name.strip()]
+
+    @property
+    def actor_range(self) -> tuple[int, int] | None:
+        """Smallest and largest number of actors, if given."""
+        if self.actors is None:
+            return None
+        match = re.fullmatch(r"(\d+)(?::(\d+))?", self.actors)
+        low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= low <= high:
+            raise ConfigError(
+                f"--actors must be MIN:MAX with 1 <= MIN <= MAX, or one number; got {self.actors!r}"
+            )
+        return low, high
+
+    @property
+    def predictor(self) -> PredictorConfig:
+        """What each actor loads; threads are set once the CPUs of an actor are known."""
+        return PredictorConfig(
+            model=self.model,
+            aggregation_strategy=self.aggregation_strategy,
+            min_score=self.min_score,
+            window_tokens=self.window_tokens,
+            overlap_tokens=self.overlap_tokens,
+            max_batch_tokens=self.max_batch_tokens,
+            dtype=self.dtype,
+            device="cuda" if self.num_gpus_per_actor else "cpu",
+        )
+
+    @property
+    def bytes_per_unit(self) -> int:
+        """`unit_bytes`, or its default for the device."""
+        return self.unit_bytes or (16 << 20 if self.num_gpus_per_actor else 1 << 20)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

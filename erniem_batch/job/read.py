@@ -1,0 +1,379 @@
+"""A unit's rows as chunks of an Arrow table, with the rows that could not be read beside them.
+
+Parquet comes as it is. JSONL is read by our own code, line by line, because ready-made readers turn
+ids like "0007" into numbers and dates into timestamps, and lose a whole file to one bad line.
+"""
+
+import gzip
+import io
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from erniem_batch.errors import ConfigError, RecordError
+from erniem_batch.job.config import ADDED_COLUMNS
+from erniem_batch.job.units import InputFile, Unit
+from erniem_batch.records import Failure
+
+CHUNK_ROWS = 2048
+SAMPLE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Some rows of a unit.
+
+    Attributes:
+        table: columns to carry into the output.
+        texts: one a row of the table; a value that is not a string is the predictor's to refuse.
+        rows: place of each row in the input file.
+        failures: rows that could not be read, by place.
+        share: of the unit that has been read with this chunk, 0 to 1.
+    """
+
+    table: pa.Table
+    texts: list[Any]
+    rows: list[int]
+    failures: dict[int, Failure]
+    share: float
+
+
+def read_unit(
+    unit: Unit, text_column: str, columns: Sequence[str] | None, schema: pa.Schema
+) -> Iterator[Chunk]:
+    """The rows of a unit, in order.
+
+    Args:
+        columns: to carry; None: all.
+        schema: of the carried columns, as `input_schema` found it.
+    """
+    if unit.format == "parquet":
+        yield from _read_parquet(unit, text_column, columns)
+    else:
+        yield from _read_jsonl(unit, text_column, columns, schema)
+
+
+def input_schema(
+    files: Sequence[InputFile], text_column: str, columns: Sequence[str] | None
+) -> pa.Schema:
+    """The carried columns and their types; all Parquet files must agree.
+
+    Raises:
+        ConfigError: the text column or a carried one doesn't exist, or the text is no text.
+    """
+    schema: pa.Schema | None = None
+    for file in files:
+        own = _parquet_schema(file) if file.format == "parquet" else None
+        if own is not None:
+            _require_text(own, text_column, file.path)
+            own = own if columns is None else _select(own, columns, file.path)
+            if schema is not None and not own.equals(schema):
+                raise ConfigError(
+                    f"{file.path}: its columns or types differ from those of the files before it: "
+                    f"tag them in runs of their own, or choose common columns with --columns"
+                    f"{_difference(schema, own)}"
+                )
+            schema = own
+    sample = [row for file in files[:8] if file.format == "jsonl" for row in _sample(file)]
+    if sample:
+        if not any(_is_found(row, text_column) for row in sample):
+            names = sorted({name for row in sample for name in row})
+            raise ConfigError(_no_column(text_column, names, "the JSONL input"))
+        schema = _infer_schema(sample) if schema is None else schema
+    schema = pa.schema([]) if schema is None else schema
+    schema = schema if columns is None else _select(schema, columns, "the input")
+    clash = [name for name in schema.names if name in ADDED_COLUMNS]
+    if clash:
+        raise ConfigError(
+            f"the input has columns that the job adds itself ({', '.join(clash)}): rename them, or "
+            f"name the columns to carry with --columns"
+        )
+    return schema
+
+
+def _select(schema: pa.Schema, columns: Sequence[str], where: str) -> pa.Schema:
+    absent = [name for name in columns if name not in schema.names]
+    if absent:
+        raise ConfigError(_no_column(absent[0], schema.names, where, "--columns"))
+    return pa.schema([schema.field(name) for name in columns])
+
+
+# ---- Parquet ----------------------------------------------------------------------------------
+
+
+def _parquet_schema(file: InputFile) -> pa.Schema:
+    try:
+        return pq.read_schema(file.path).remove_metadata()
+    except (OSError, pa.ArrowException) as error:
+        raise ConfigError(f"{file.path}: not a readable Parquet file: {error}") from error
+
+
+def _require_text(schema: pa.Schema, text_column: str, path: str) -> None:
+    field: pa.Field | None = None
+    if text_column in schema.names:
+        field = schema.field(text_column)
+    else:
+        head, *rest = text_column.split(".")
+        field = schema.field(head) if head in schema.names else None
+        for name in rest:
+            inner = field is not None and pa.types.is_struct(field.type)
+            index = field.type.get_field_index(name) if inner else -1
+            field = field.type.field(index) if index >= 0 else None
+    if field is None:
+        raise ConfigError(_no_column(text_column, schema.names, path))
+    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+    if not (
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    ):
+        raise ConfigError(
+            f"{path}: --text-column {text_column} must hold strings, but is {field.type}"
+        )
+
+
+def _read_parquet(unit: Unit, text_column: str, columns: Sequence[str] | None) -> Iterator[Chunk]:
+    literal = text_column in pq.read_schema(unit.path).names
+    top = text_column if literal else text_column.split(".")[0]
+    needed = None if columns is None else list(dict.fromkeys([*columns, top]))
+    row = unit.first_row or 0
+    left = unit.max_rows
+    with pq.ParquetFile(unit.path) as file:
+        if not unit.row_groups:  # an empty file makes an empty file
+            empty = file.schema_arrow.remove_metadata().empty_table()
+            yield Chunk(empty if columns is None else empty.select(columns), [], [], {}, 1.0)
+        for batch in file.iter_batches(
+            CHUNK_ROWS, row_groups=list(unit.row_groups), columns=needed
+        ):
+            table = pa.Table.from_batches([batch])
+            if left is not None:
+                table = table.slice(0, left)
+                left -= len(table)
+            if not len(table):
+                return
+            values = table[top].combine_chunks()
+            for name in [] if literal else text_column.split(".")[1:]:
+                values = pc.struct_field(values, name)
+            carried = table if columns is None else table.select(columns)
+            rows = list(range(row, row + len(table)))
+            row += len(table)
+            n_done, n_rows = row - (unit.first_row or 0), unit.max_rows or unit.n_rows or 1
+            yield Chunk(carried, values.to_pylist(), rows, {}, n_done / n_rows)
+
+
+# ---- JSONL ------------------------------------------------------------------------------------
+
+
+def _read_jsonl(
+    unit: Unit, text_column: str, columns: Sequence[str] | None, schema: pa.Schema
+) -> Iterator[Chunk]:
+    first_row = unit.first_row
+    objects: list[dict[str, Any]] = []
+    rows: list[int] = []
+    failures: dict[int, Failure] = {}
+    for n_seen, (line_number, line) in enumerate(_lines(unit)):
+        if n_seen == unit.max_rows:
+            break
+        if first_row is None:
+            first_row = _count_lines_before(unit)
+        row = first_row + line_number
+        try:
+            value = _parse(line)
+            if columns is None:
+                _require_no_clash(value)
+            objects.append(value)
+            rows.append(row)
+        except RecordError as error:
+            failures[row] = Failure(str(row), "read", "RecordError", str(error))
+    table = _to_table(objects, schema, columns)
+    for start in range(0, max(len(rows), 1), CHUNK_ROWS):
+        part = slice(start, start + CHUNK_ROWS)
+        texts = [_get(value, text_column) for value in objects[part]]
+        share = min(1.0, (start + CHUNK_ROWS) / max(len(rows), 1))
+        yield Chunk(table.slice(start, CHUNK_ROWS), texts, rows[part], failures, share)
+        failures = {}
+
+
+def count_rows(unit: Unit, limit: int) -> int:
+    """Rows of a JSONL unit, counted up to a limit."""
+    return sum(1 for _ in zip(_lines(unit), range(limit), strict=False))
+
+
+@contextmanager
+def open_jsonl(path: str) -> Iterator[IO[bytes]]:
+    """A JSONL file for reading, decompressed by its name."""
+    if path.endswith(".gz"):
+        with gzip.open(path) as file:
+            yield file  # type: ignore[misc]
+    elif path.endswith(".zst"):
+        with pa.CompressedInputStream(path, "zstd") as stream:
+            yield io.BufferedReader(stream, 1 << 20)
+    else:
+        with open(path, "rb") as file:
+            yield file
+
+
+def _lines(unit: Unit) -> Iterator[tuple[int, bytes]]:
+    """Lines that begin inside the slice, with their number in it; blank ones count but don't come."""
+    with open_jsonl(unit.path) as file:
+        at = unit.start
+        if unit.start:
+            # A line that begins exactly at `start` is ours: look from the byte before.
+            file.seek(unit.start - 1)
+            at += len(file.readline()) - 1
+        number = 0
+        while unit.end is None or at < unit.end:
+            line = file.readline()
+            if not line:
+                return
+            at += len(line)
+            if line.strip():
+                yield number, line
+            number += 1
+
+
+def _count_lines_before(unit: Unit) -> int:
+    """Number in the file of the slice's first line."""
+    count = 0
+    with open(unit.path, "rb") as file:
+        left = unit.start - 1
+        while left > 0:
+            block = file.read(min(left, 1 << 20))
+            count += block.count(b"\n")
+            left -= len(block)
+    return count + 1  # the line that the byte before `start` belongs to ends before the slice
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    try:
+        text = line.decode("utf-8-sig" if line.startswith(b"\xef\xbb\xbf") else "utf-8")
+    except UnicodeDecodeError as error:
+        raise RecordError(f"not UTF-8 at byte {error.start} of the line") from None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RecordError(f"not JSON: {error.msg} at character {error.pos} of the line") from None
+    except RecursionError:
+        raise RecordError("not JSON that can be read: nested too deeply") from None
+    if not isinstance(value, dict):
+        raise RecordError(f"expected a JSON object, got {type(value).__name__}")
+    if b"\\u" in line:
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            raise RecordError("a lone surrogate (\\ud800 to \\udfff): not valid Unicode") from None
+    return value
+
+
+def _require_no_clash(value: dict[str, Any]) -> None:
+    clash = [name for name in ADDED_COLUMNS if name in value]
+    if clash:
+        raise RecordError(
+            f"the job adds a column {clash[0]!r} itself: name the ones to carry with --columns"
+        )
+
+
+def _get(value: dict[str, Any], column: str) -> Any:
+    if column in value:
+        return value[column]
+    found: Any = value
+    for name in column.split("."):
+        found = found.get(name) if isinstance(found, dict) else None
+    return found
+
+
+def _is_found(value: dict[str, Any], column: str) -> bool:
+    return _get(value, column) is not None
+
+
+def _sample(file: InputFile) -> list[dict[str, Any]]:
+    """The first megabyte or so of rows that can be read."""
+    unit = Unit(id="", path=file.path, format="jsonl", output="")
+    rows, n_bytes = [], 0
+    try:
+        for _, line in _lines(unit):
+            try:
+                rows.append(_parse(line))
+            except RecordError:
+                pass  # a dead letter later
+            n_bytes += len(line)
+            if n_bytes > SAMPLE_BYTES:
+                break
+    except (OSError, EOFError, pa.ArrowException) as error:
+        raise ConfigError(f"{file.path}: cannot be read: {error}") from error
+    return rows
+
+
+def _infer_schema(rows: Sequence[dict[str, Any]]) -> pa.Schema:
+    names = dict.fromkeys(name for row in rows for name in row)
+    return pa.schema([(name, _column([row.get(name) for row in rows]).type) for name in names])
+
+
+def _to_table(
+    rows: Sequence[dict[str, Any]], schema: pa.Schema, columns: Sequence[str] | None
+) -> pa.Table:
+    """Rows as columns, types as in the schema; a column that does not fit it is not forced.
+
+    Columns that only these rows have are appended, and one whose values don't fit the type seen
+    at planning gets the type that holds them: nothing is lost or changed.
+    """
+    names = list(schema.names)
+    if columns is None:
+        names = list(dict.fromkeys([*names, *(name for row in rows for name in row)]))
+    arrays = {}
+    for name in names:
+        known = schema.field(name).type if name in schema.names else None
+        arrays[name] = _column([row.get(name) for row in rows], known)
+    if not arrays:  # a table without columns would forget how many rows it has
+        return pa.table({"": pa.nulls(len(rows))}).select([])
+    return pa.table(arrays)
+
+
+def _column(values: list[Any], known: pa.DataType | None = None) -> pa.Array:
+    """Values as an array that gives back the same values; as JSON text if no type can."""
+    for type_ in (known, None):
+        try:
+            array = pa.array(values, type=type_)
+        except (pa.ArrowException, TypeError, ValueError, OverflowError):
+            continue
+        if _same(array, values):
+            return array
+    return pa.array(
+        [None if v is None else json.dumps(v, ensure_ascii=False) for v in values], pa.string()
+    )
+
+
+def _same(array: pa.Array, values: list[Any]) -> bool:
+    if pa.types.is_string(array.type):
+        return True
+    return all(map(_equal, array.to_pylist(), values))
+
+
+def _equal(ours: Any, given: Any) -> bool:
+    """Equal and of the same kind; a struct may have more fields, if they are null."""
+    if isinstance(given, dict):
+        return (
+            isinstance(ours, dict)
+            and all(_equal(value, given.get(name)) for name, value in ours.items())
+            and given.keys() <= ours.keys()
+        )
+    if isinstance(given, list):
+        return isinstance(ours, list) and len(ours) == len(given) and all(map(_equal, ours, given))
+    return type(ours) is type(given) and (ours == given or ours != ours)
+
+
+# ---- messages ---------------------------------------------------------------------------------
+
+
+def _no_column(column: str, names: Sequence[str], where: str, flag: str = "--text-column") -> str:
+    known = ", ".join(list(names)[:12]) or "none"
+    return f"there is no column {column!r} in {where}: it has {known}; choose with {flag}"
+
+
+def _difference(first: pa.Schema, second: pa.Schema) -> str:
+    a, b = ({f"{field.name}: {field.type}" for field in schema} for schema in (first, second))
+    return f" (before: {', '.join(sorted(a - b)) or 'same'}; here: {', '.join(sorted(b - a)) or 'same'})"

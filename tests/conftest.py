@@ -1,0 +1,95 @@
+"""What all tests share: small models, the small tokenizer, and the optional reference data.
+
+Nothing here needs more than this repository; tests that take `shared_dir` go deeper where the
+reference data lie beside it, and are skipped elsewhere.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from erniem_batch import ErnieMConfig, ErnieMTokenizer
+
+DATA = Path(__file__).parent / "data"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes minutes; runs only when -m names it")
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "slow" in (config.getoption("markexpr") or ""):
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Reference data too large for this repository, in a folder `shared` beside it."""
+    folder = Path(__file__).parents[2] / "shared"
+    if not (folder / "golden").is_dir():
+        pytest.skip("no reference data in ../shared")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir() -> Path:
+    return DATA / "tiny_tokenizer"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_dir: Path) -> ErnieMTokenizer:
+    """8,002 tokens; behaves as in transformers."""
+    return ErnieMTokenizer.from_pretrained(tokenizer_dir)
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> ErnieMConfig:
+    return ErnieMConfig(
+        vocab_size=120,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=66,
+        initializer_range=0.25,
+    )
+
+
+@pytest.fixture
+def random_model(tiny_config: ErnieMConfig) -> Callable[..., Any]:
+    """Makes a model whose biases, norms and padding row are random too, so that mix-ups show."""
+
+    def make(cls: type[torch.nn.Module], config: ErnieMConfig = tiny_config, **options: Any) -> Any:
+        generator = torch.Generator().manual_seed(7)
+        model = cls(config, **options).eval()
+        for parameter in model.parameters():
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+        for name, parameter in model.named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                parameter.data += 1.0
+        return model
+
+    return make
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    """Three sequences of 12, 7 and 3 tokens, padded with 1; 0 first, 2 last, as in real ones."""
+    generator = torch.Generator().manual_seed(3)
+    input_ids = torch.ones(3, 12, dtype=torch.long)
+    for row, length in enumerate((12, 7, 3)):
+        input_ids[row, :length] = torch.randint(3, 120, (length,), generator=generator)
+        input_ids[row, 0], input_ids[row, length - 1] = 0, 2
+    return {"input_ids": input_ids, "attention_mask": (input_ids != 1).long()}
