@@ -1,4 +1,4 @@
-"""What a predictor may be told; checked when it is made, so that mistakes are found at the start."""
+"""What a predictor may be told, checked when it is made: mistakes are found at the start."""
 
 from dataclasses import dataclass
 from pathlib import Path

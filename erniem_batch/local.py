@@ -18,7 +18,7 @@ class NerPipeline:
         self.predictor = predictor
 
     @overload
-    def __call__(self, texts: str) -> list[dict[str, Any]]: ...
+    def __call__(self, texts: str) -> list[dict[str, Any]]: ...  # type: ignore[overload-overlap]
     @overload
     def __call__(self, texts: Sequence[str]) -> list[list[dict[str, Any]]]: ...
     def __call__(self, texts: str | Sequence[str]) -> Any:

@@ -155,11 +155,17 @@ class Predictor:
     def _forward_all(self, windows: Sequence[Window]) -> list[FloatArray | Failure]:
         outputs: list[FloatArray | Failure] = [np.zeros((0, 0), np.float32)] * len(windows)
         with self._timed("forward"):
-            for batch in plan_batches([len(w.ids) for w in windows], self.max_batch_tokens):
+            widths = [self._width(len(window.ids)) for window in windows]
+            for batch in plan_batches(widths, self.max_batch_tokens):
                 results = self._forward_batch([windows[i] for i in batch])
                 for i, result in zip(batch, results, strict=True):
                     outputs[i] = result
         return outputs
+
+    def _width(self, longest: int) -> int:
+        """Tokens of a row of a batch; always the same where the model reads its padding too."""
+        padded = self.model.config.mask_mode == "paddle_padded"
+        return self.config.window_tokens if padded else longest
 
     def _forward_batch(self, windows: Sequence[Window]) -> list[FloatArray | Failure]:
         """One forward pass; on an error halves, so that at last only the guilty window fails."""
@@ -184,9 +190,8 @@ class Predictor:
     @torch.inference_mode()
     def _run(self, windows: Sequence[Window]) -> Iterator[FloatArray]:
         lengths = [len(window.ids) for window in windows]
-        padded = self.model.config.mask_mode == "paddle_padded"
-        width = self.config.window_tokens if padded else max(lengths)
-        ids_BL = np.full((len(windows), width), self.tokenizer.pad_token_id, dtype=np.int64)
+        shape = (len(windows), self._width(max(lengths)))
+        ids_BL = np.full(shape, self.tokenizer.pad_token_id, dtype=np.int64)
         for row, window in zip(ids_BL, windows, strict=True):
             row[: len(window.ids)] = window.ids
         logits_BLC: Tensor = self.model(torch.from_numpy(ids_BL).to(self.device)).logits

@@ -8,7 +8,6 @@ minutes; after an interruption the same command with --resume goes on where it s
 
 import argparse
 import glob
-import gzip
 import json
 import math
 import random
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from erniem_batch import ErnieMConfig, ErnieMForTokenClassification, ErnieMTokenizer
+from erniem_batch.job.read import open_jsonl
 from erniem_batch.labels import spans_to_labels
 from erniem_batch.model.heads import IGNORED_LABEL
 
@@ -120,8 +120,7 @@ def read_records(patterns: list[str], max_per_language: int, seed: int) -> list[
     """Records of all files, in a reproducible order, at most so many a language."""
     by_language = defaultdict(list)
     for path in sorted({p for pattern in patterns for p in glob.glob(pattern)}):
-        opened = gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path)
-        with opened as lines:
+        with open_jsonl(path) as lines:
             for line in lines:
                 record = json.loads(line)
                 by_language[record.get("lang", "")].append(record)

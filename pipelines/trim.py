@@ -9,7 +9,6 @@ token isn't lost: it is spelled with shorter ones.
 
 import argparse
 import glob
-import gzip
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,6 +20,7 @@ from sentencepiece import sentencepiece_model_pb2
 from torch import nn
 
 from erniem_batch import ErnieMModel, ErnieMTokenizer
+from erniem_batch.job.read import open_jsonl
 
 N_SPECIAL = 4  # [CLS] [PAD] [SEP] [UNK] open the vocabulary, [MASK] closes it
 
@@ -67,8 +67,7 @@ def batches(pattern: str, size: int = 2000) -> Iterator[list[str]]:
     """Every string of top-level fields in the files, some thousand at a time."""
     texts: list[str] = []
     for path in sorted(glob.glob(pattern)):
-        opened = gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path)
-        with opened as lines:
+        with open_jsonl(path) as lines:
             for line in lines:
                 record = json.loads(line)
                 names = ("text", "question", "context", "premise")

@@ -1,4 +1,4 @@
-"""The one typed configuration of a job: flags are made from it, and it is checked when it is made."""
+"""The one typed configuration of a job, checked when it is made; flags are made from it."""
 
 import re
 from dataclasses import dataclass, field

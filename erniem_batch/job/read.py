@@ -8,7 +8,7 @@ import gzip
 import io
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -122,9 +122,11 @@ def _require_text(schema: pa.Schema, text_column: str, path: str) -> None:
         head, *rest = text_column.split(".")
         field = schema.field(head) if head in schema.names else None
         for name in rest:
-            inner = field is not None and pa.types.is_struct(field.type)
-            index = field.type.get_field_index(name) if inner else -1
-            field = field.type.field(index) if index >= 0 else None
+            if field is not None and pa.types.is_struct(field.type):
+                index = field.type.get_field_index(name)
+                field = field.type.field(index) if index >= 0 else None
+            else:
+                field = None
     if field is None:
         raise ConfigError(_no_column(text_column, schema.names, path))
     kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
@@ -218,7 +220,7 @@ def open_jsonl(path: str) -> Iterator[IO[bytes]]:
 
 
 def _lines(unit: Unit) -> Iterator[tuple[int, bytes]]:
-    """Lines that begin inside the slice, with their number in it; blank ones count but don't come."""
+    """Lines that begin inside the slice, with their number in it; blank ones only count."""
     with open_jsonl(unit.path) as file:
         at = unit.start
         if unit.start:
@@ -296,10 +298,8 @@ def _sample(file: InputFile) -> list[dict[str, Any]]:
     rows, n_bytes = [], 0
     try:
         for _, line in _lines(unit):
-            try:
+            with suppress(RecordError):  # a dead letter later
                 rows.append(_parse(line))
-            except RecordError:
-                pass  # a dead letter later
             n_bytes += len(line)
             if n_bytes > SAMPLE_BYTES:
                 break
@@ -376,4 +376,5 @@ def _no_column(column: str, names: Sequence[str], where: str, flag: str = "--tex
 
 def _difference(first: pa.Schema, second: pa.Schema) -> str:
     a, b = ({f"{field.name}: {field.type}" for field in schema} for schema in (first, second))
-    return f" (before: {', '.join(sorted(a - b)) or 'same'}; here: {', '.join(sorted(b - a)) or 'same'})"
+    gone, new = (", ".join(sorted(names)) or "the same" for names in (a - b, b - a))
+    return f" (before: {gone}; here: {new})"

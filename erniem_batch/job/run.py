@@ -150,7 +150,7 @@ def stream(
     output: Path,
     counter: Any,
 ) -> Iterator[Receipt]:
-    """Receipts of all units as they finish. Only unit descriptors and receipts travel through Ray."""
+    """Receipts of all units as they finish; only they and unit descriptors travel through Ray."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
     from ray.exceptions import RayError

@@ -78,7 +78,7 @@ class ErnieMConfig:
         self._check_numbers()
         self._set_labels()
         pruned = {
-            layer: sorted(_int_keys("pruned_heads", {head: None for head in _listed(heads)}))
+            layer: _sorted_ints("pruned_heads", heads)
             for layer, heads in _int_keys("pruned_heads", self.pruned_heads).items()
         }
         object.__setattr__(self, "pruned_heads", pruned)
@@ -205,10 +205,12 @@ class ErnieMConfig:
         if ours.get("pruned_heads") is None:
             ours.pop("pruned_heads", None)
         if ours.get("id2label") is None and isinstance(ours.get("label2id"), Mapping):
-            ours["id2label"] = {index: label for label, index in ours["label2id"].items()} or None
-        if "intermediate_size" not in ours:  # missing in some PaddleNLP files, always 4 x hidden
-            ours["intermediate_size"] = 4 * ours.get("hidden_size", cls.hidden_size)
-        if "mask_mode" not in ours and "UIEM" in _listed(ours.get("architectures")):
+            ours["id2label"] = {str(i): label for label, i in ours["label2id"].items()} or None
+        hidden_size = ours.get("hidden_size", cls.hidden_size)
+        if "intermediate_size" not in ours and isinstance(hidden_size, int):
+            ours["intermediate_size"] = 4 * hidden_size  # as in PaddleNLP, which may not write it
+        architectures = ours.get("architectures")
+        if "mask_mode" not in ours and isinstance(architectures, list) and "UIEM" in architectures:
             ours["mask_mode"] = "paddle"
         return cls(**ours, extra=extra)
 
@@ -261,16 +263,19 @@ def _listing(folder: Path) -> str:
     return ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "an empty folder"
 
 
-def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-
-
 def _int_keys(name: str, mapping: Any) -> dict[int, Any]:
     """The mapping with its keys, which JSON writes as strings, as integers."""
     try:
         return {int(key): value for key, value in mapping.items()}
     except (AttributeError, TypeError, ValueError):
         raise ConfigError(f"{name} must be a mapping with whole numbers, got {mapping!r}") from None
+
+
+def _sorted_ints(name: str, values: Any) -> list[int]:
+    try:
+        return sorted(map(int, values))
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name} must hold lists of whole numbers, got {values!r}") from None
 
 
 def _require_int(name: str, value: Any, minimum: int) -> None:

@@ -225,13 +225,15 @@ def merge_words(probs: FloatArray, firsts: np.ndarray, strategy: str) -> FloatAr
         strategy: first; average; max: those of the token with the highest single one.
     """
     if strategy == "first":
-        return probs[firsts]
+        first_rows: FloatArray = probs[firsts]
+        return first_rows
     if strategy == "average":
         counts = np.diff(np.append(firsts, len(probs)))
-        means: FloatArray = np.add.reduceat(probs, firsts, axis=0) / counts[:, None].astype(
-            np.float32
-        )
+        sums: FloatArray = np.add.reduceat(probs, firsts, axis=0)
+        means: FloatArray = np.divide(sums, counts[:, None], dtype=np.float32)
         return means
     best = probs.max(axis=1)
     groups = np.split(best, firsts[1:])
-    return probs[[first + int(g.argmax()) for first, g in zip(firsts, groups, strict=True)]]
+    chosen = [int(first) + int(g.argmax()) for first, g in zip(firsts, groups, strict=True)]
+    rows: FloatArray = probs[chosen]
+    return rows

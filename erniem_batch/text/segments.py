@@ -193,7 +193,8 @@ class SegmentEncoder:
         first, last = base + starts[todo], base + ends[todo] - 1
         new_starts[todo] = offset_of[first]
         new_ends[todo] = offset_of[changes[np.searchsorted(changes, last)] + 1]
-        longer = new_ends[todo] - new_starts[todo] > ends[todo] - starts[todo]
+        # Characters that vanish count as part of the one before; a token does not end with them.
+        longer = new_ends[todo] - offset_of[last] > 1
         for token in todo[longer]:
             text, start = texts[row_of[token]], int(new_starts[token])
             end = int(new_ends[token])

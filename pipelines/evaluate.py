@@ -1,0 +1,84 @@
+"""Span F1 of a model, language by language.
+
+    python pipelines/evaluate.py --model MODEL --data 'ner/*.dev.jsonl.gz'
+
+Reads JSONL with `text`, `lang` and `spans` ([start, end, label], characters); a span counts only
+if start, end and label are all right.
+"""
+
+import argparse
+import glob
+import json
+from collections import defaultdict
+from typing import Any
+
+from erniem_batch.config import AGGREGATION_STRATEGIES, DEMO, PredictorConfig
+from erniem_batch.job.read import open_jsonl
+from erniem_batch.metrics import SpanScores, span_scores
+from erniem_batch.predictor import Predictor
+from erniem_batch.records import Prediction, Record
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default=DEMO, help="model folder, or demo")
+    parser.add_argument("--data", required=True, nargs="+", help="JSONL files or globs")
+    parser.add_argument("--aggregation-strategy", choices=AGGREGATION_STRATEGIES, default="simple")
+    parser.add_argument("--min-score", type=float, default=0.0)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--markdown", action="store_true", help="print a table for a model card")
+    args = parser.parse_args()
+
+    predictor = Predictor.load(
+        PredictorConfig(
+            model=args.model,
+            aggregation_strategy=args.aggregation_strategy,
+            min_score=args.min_score,
+            n_threads=args.threads,
+        )
+    )
+    by_language = defaultdict(list)
+    for path in sorted({p for pattern in args.data for p in glob.glob(pattern)}):
+        with open_jsonl(path) as lines:
+            for line in lines:
+                record = json.loads(line)
+                by_language[record["lang"]].append(record)
+    if not by_language:
+        parser.error(f"no records in {args.data}")
+    scores = {
+        language: evaluate(predictor, by_language[language]) for language in sorted(by_language)
+    }
+    show(scores, args.markdown)
+    return 0
+
+
+def evaluate(predictor: Predictor, records: list[dict[str, Any]]) -> SpanScores:
+    """Scores of one language."""
+    outcomes = predictor.predict([Record(str(i), r["text"]) for i, r in enumerate(records)])
+    predicted = [
+        [(e.start, e.end, e.label) for e in o.value] if isinstance(o, Prediction) else []
+        for o in outcomes
+    ]
+    return span_scores([[(a, b, kind) for a, b, kind in r["spans"]] for r in records], predicted)
+
+
+def show(scores: dict[str, SpanScores], markdown: bool) -> None:
+    """One line a language, then the mean."""
+    if markdown:
+        print("| language | precision | recall | F1 | gold spans |\n|---|--:|--:|--:|--:|")
+    line = (
+        "| {} | {:.3f} | {:.3f} | {:.3f} | {} |" if markdown else "{:8} {:.3f} {:.3f} {:.3f} {:6}"
+    )
+    for language, s in scores.items():
+        print(line.format(language, s.precision, s.recall, s.f1, s.n_gold))
+    means = [
+        sum(getattr(s, name) for s in scores.values()) / len(scores)
+        for name in ("precision", "recall", "f1")
+    ]
+    print(line.format("macro", *means, sum(s.n_gold for s in scores.values())))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
