@@ -3,7 +3,8 @@
 import logging
 import os
 import secrets
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from erniem_batch.errors import ConfigError
@@ -82,52 +83,64 @@ def local_pool(config: JobConfig, cores: int) -> Pool:
     return Pool(low, high, cpus, gpus, restarts=0)
 
 
-def cluster_pool(config: JobConfig, total: dict[str, float]) -> Pool:
-    """Actors for a cluster: as many as it holds now unless told otherwise."""
+def cluster_pool(config: JobConfig, nodes: Sequence[Mapping[str, float]]) -> Pool:
+    """Actors for a cluster: as many as it holds now unless told otherwise.
+
+    Args:
+        nodes: resources of each node.
+    """
     gpus = config.num_gpus_per_actor
-    cpus = config.num_cpus_per_actor or (1 if gpus else THREADS_OF_A_LARGE_ACTOR)
-    room = int(total.get("GPU", 0) / gpus) if gpus else int((total.get("CPU", 0) - 1) / cpus)
-    low, high = config.actor_range or (1, max(1, room))
-    return Pool(low, high, cpus, gpus, restarts=3)
+    cpus = config.num_cpus_per_actor
+    if cpus is None:
+        largest = int(max((node.get("CPU", 0) for node in nodes), default=0))
+        most = max(1, largest - 1) if largest else THREADS_OF_A_LARGE_ACTOR
+        cpus = 1 if gpus else min(THREADS_OF_A_LARGE_ACTOR, most)
+    pool = Pool(1, 1, cpus, gpus, restarts=3)
+    low, high = config.actor_range or (1, max(1, sum(_actors_on(node, pool) for node in nodes)))
+    return replace(pool, min_actors=low, max_actors=high)
+
+
+def alive_nodes() -> list[Mapping[str, float]]:
+    """Resources of each node of the cluster we are connected to."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def check_room(pool: Pool) -> None:
     """Refuses a pool that can never start, instead of waiting for it for ever.
 
     Raises:
-        ConfigError: no node is large enough, or all together are too small, and the cluster
-            cannot grow.
+        ConfigError: neither the nodes there are nor those that an autoscaler may add hold the
+            smallest number of actors.
     """
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    wanted = {"CPU": pool.cpus, "GPU": pool.gpus}
-    holds = sum(
-        min(int(node.get(name, 0) // amount) for name, amount in wanted.items() if amount)
-        for node in nodes
-    )
-    if holds >= pool.min_actors or _can_grow():
+    nodes = alive_nodes()
+    holds = sum(_actors_on(node, pool) for node in nodes)
+    may_hold = max(holds, _actors_when_grown(pool))
+    if may_hold >= pool.min_actors:
         return
+    cpus, gpus = (sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU"))
     raise ConfigError(
         f"{pool.min_actors} actors of {pool.cpus} CPUs and {pool.gpus:g} GPUs do not fit: the "
-        f"cluster has {len(nodes)} nodes with {sum(n.get('CPU', 0) for n in nodes):g} CPUs and "
-        f"{sum(n.get('GPU', 0) for n in nodes):g} GPUs, room for {holds} of them. Lower --actors, "
-        f"--num-cpus-per-actor or --num-gpus-per-actor"
+        f"cluster has {len(nodes)} nodes with {cpus:g} CPUs and {gpus:g} GPUs, room for {holds}, "
+        f"and may grow to hold {may_hold}. Lower --actors, --num-cpus-per-actor or "
+        f"--num-gpus-per-actor"
     )
 
 
-def _can_grow() -> bool:
-    """Whether an autoscaler is at work that may add nodes."""
-    from ray.autoscaler.v2.sdk import get_cluster_status
-
-    try:
-        status = get_cluster_status(_gcs_address())
-    except Exception:  # a local cluster has no autoscaler to ask, and fails in several ways
-        return False
-    return bool(status.cluster_resource_usage and (status.pending_nodes or status.idle_nodes))
+def _actors_on(node: Mapping[str, float], pool: Pool) -> int:
+    wanted = {"CPU": pool.cpus, "GPU": pool.gpus}
+    return min(int(node.get(name, 0) // amount) for name, amount in wanted.items() if amount)
 
 
-def _gcs_address() -> str:
-    import ray
+def _actors_when_grown(pool: Pool) -> int:
+    """Actors on all nodes that an autoscaler may start; 0 without one."""
+    from ray._private.state import state  # Ray has no public way to ask what a cluster may become
 
-    return str(ray.get_runtime_context().gcs_address)
+    config = state.get_cluster_config()
+    groups = [] if config is None else config.node_group_configs
+    unlimited = 1_000_000
+    return sum(
+        (unlimited if group.max_count < 0 else group.max_count) * _actors_on(group.resources, pool)
+        for group in groups
+    )

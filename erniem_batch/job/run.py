@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,14 @@ import pyarrow as pa
 
 from erniem_batch.errors import ConfigError, JobError
 from erniem_batch.job.actor import Receipt, UnitTagger
-from erniem_batch.job.cluster import Pool, check_room, cluster_pool, connect, local_pool
+from erniem_batch.job.cluster import (
+    Pool,
+    alive_nodes,
+    check_room,
+    cluster_pool,
+    connect,
+    local_pool,
+)
 from erniem_batch.job.config import JobConfig
 from erniem_batch.job.progress import Progress, ProgressCounter
 from erniem_batch.job.read import input_schema
@@ -84,7 +92,8 @@ def run_job(config: JobConfig, on_receipt: Callable[[Receipt], None] | None = No
     import ray
 
     try:
-        pool = _pool(config, own_cluster)
+        cores = os.cpu_count() or 1
+        pool = local_pool(config, cores) if own_cluster else cluster_pool(config, alive_nodes())
         check_room(pool)
         working = time.monotonic()
         receipts = []
@@ -130,16 +139,6 @@ def prepare_output(config: JobConfig, units: Sequence[Unit]) -> Path:
     except OSError as error:
         raise ConfigError(f"--output {output} cannot be written: {error.strerror}") from error
     return output
-
-
-def _pool(config: JobConfig, own_cluster: bool) -> Pool:
-    import os
-
-    import ray
-
-    if own_cluster:
-        return local_pool(config, os.cpu_count() or 1)
-    return cluster_pool(config, ray.cluster_resources())
 
 
 def stream(
