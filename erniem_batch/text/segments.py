@@ -72,6 +72,7 @@ class SegmentEncoder:
         drop_underlines: PaddleNLP's rule: no lone "▁" token is ever kept.
         num_threads: SentencePiece's own threads; its default would take every core in every actor.
         sampling: `enable_sampling`, `nbest_size` and `alpha` of SentencePiece.
+        literal: special tokens as they are written.
     """
 
     def __init__(
@@ -82,11 +83,13 @@ class SegmentEncoder:
         drop_underlines: bool,
         num_threads: int,
         sampling: dict[str, Any],
+        literal: re.Pattern[str],
     ) -> None:
         self._processor = processor
         self._table = table
         self._table_lock = Lock()  # new pieces are added to it while it is read
         self._drop_underlines = drop_underlines
+        self._literal = literal
         self._options = {"num_threads": num_threads, **sampling}
         self._vanishes = lru_cache(maxsize=65536)(self._vanishes_uncached)
 
@@ -97,7 +100,7 @@ class SegmentEncoder:
             texts: without lone surrogates (see `replace_surrogates`).
             lower: lower-case first, character by character, as the reference does.
         """
-        fed = [_lower(text) for text in texts] if lower else texts
+        fed = [self._lower(text) for text in texts] if lower else texts
         with self._table_lock:
             return self._encode(texts, fed, offsets)
 
@@ -131,7 +134,7 @@ class SegmentEncoder:
     def tokens(self, text: str, lower: bool) -> list[str]:
         """Token strings of one text, unknown ones as they stand in the normalised text."""
         pieces = self._processor.encode(
-            _lower(text) if lower else text, return_type=str, **self._options
+            self._lower(text) if lower else text, return_type=str, **self._options
         )
         with self._table_lock:
             index = self._table.indices(pieces)
@@ -208,19 +211,26 @@ class SegmentEncoder:
         offsets: list[int] = self._processor.normalize(fed, with_offsets=True)[1]
         if text is fed:
             return offsets
-        origin = [i for i, char in enumerate(text) for _ in char.lower()]
+        origin = [i for i, low in enumerate(self._lower_characters(text)) for _ in low]
         origin.append(len(text))
         return [origin[offset] for offset in offsets]
+
+    def _lower(self, text: str) -> str:
+        lowered = "".join(self._lower_characters(text))
+        return text if lowered == text else lowered
+
+    def _lower_characters(self, text: str) -> list[str]:
+        """What becomes of each character of a text that is lower-cased."""
+        # PARITY: one character at a time, so a final sigma stays a common one; and special tokens
+        # stay as they are even when they are to be read as plain text.
+        lowered = [char.lower() for char in text]
+        for match in self._literal.finditer(text):
+            lowered[match.start() : match.end()] = match.group()
+        return lowered
 
     def _vanishes_uncached(self, char: str) -> bool:
         """Whether the normaliser removes the character without a trace."""
         return bool(self._processor.normalize(f"a{char}a") == self._processor.normalize("aa"))
-
-
-def _lower(text: str) -> str:
-    # PARITY: one character at a time, so a final sigma stays a common one.
-    lowered = "".join(char.lower() for char in text)
-    return text if lowered == text else lowered
 
 
 def _splits(lengths: IntArray) -> IntArray:

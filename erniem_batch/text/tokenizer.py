@@ -145,6 +145,7 @@ class ErnieMTokenizer:
             drop_underlines=self.lone_underline == "paddle",
             num_threads=self.num_threads,
             sampling=sampling,
+            literal=self._literal,
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -143,7 +143,11 @@ def test_multiple_choice(pair, batch, case):
 
 LOSSES = {
     "single": ("ErnieMForSequenceClassification", {}, {"labels": torch.tensor([4, 0, -100])}),
-    "single_column": ("ErnieMForSequenceClassification", {}, {"labels": torch.tensor([[4], [0], [1]])}),
+    "single_column": (
+        "ErnieMForSequenceClassification",
+        {},
+        {"labels": torch.tensor([[4], [0], [1]])},
+    ),
     "multi": ("ErnieMForSequenceClassification", {}, {"labels": torch.eye(5)[:3]}),
     "regression_of_many": (
         "ErnieMForSequenceClassification",
@@ -397,7 +401,9 @@ def test_saved_tokenizer_loads_in_the_reference(tokenizer_dir, tmp_path, options
     again = ErnieMTokenizer.from_pretrained(tmp_path)
     assert again(TEXTS, **call) == ours(TEXTS, **call)
     theirs.save_pretrained(tmp_path / "theirs")
-    assert ErnieMTokenizer.from_pretrained(tmp_path / "theirs")(TEXTS, **call) == ours(TEXTS, **call)
+    assert ErnieMTokenizer.from_pretrained(tmp_path / "theirs")(TEXTS, **call) == ours(
+        TEXTS, **call
+    )
 
 
 @pytest.mark.parametrize("special", [True, False])
@@ -416,7 +422,9 @@ def test_single_text(tokenizer, their_tokenizer, text):
     assert tokenizer.encode(text) == their_tokenizer.encode(text)
     assert dict(tokenizer(text)) == dict(their_tokenizer(text))
     tensors = tokenizer(text, text, return_tensors="pt")
-    assert torch.equal(tensors["input_ids"], their_tokenizer(text, text, return_tensors="pt").input_ids)
+    assert torch.equal(
+        tensors["input_ids"], their_tokenizer(text, text, return_tensors="pt").input_ids
+    )
 
 
 @pytest.mark.parametrize("clean", [True, False])
@@ -454,9 +462,7 @@ def test_without_a_vocab_file(tokenizer_dir, tmp_path):
     )
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"unk_token": "<unk>"}))
     ours = ErnieMTokenizer.from_pretrained(tmp_path)
-    theirs = reference.ErnieMTokenizer(
-        str(tmp_path / "sentencepiece.bpe.model"), unk_token="<unk>"
-    )
+    theirs = reference.ErnieMTokenizer(str(tmp_path / "sentencepiece.bpe.model"), unk_token="<unk>")
     assert ours(TEXTS)["input_ids"] == theirs(TEXTS)["input_ids"]
 
 
@@ -475,3 +481,15 @@ def test_added_tokens(tokenizer_dir, tmp_path, skip):
     ours.save_pretrained(tmp_path / "again")
     again = reference.ErnieMTokenizer.from_pretrained(tmp_path / "again")
     assert again(texts)["input_ids"] == ours(texts)["input_ids"]
+
+
+@pytest.mark.parametrize("text", ["Ab [SEP] Cd", "[MASK]X", "İ [SEP]É [sep]"])
+def test_lower_case_keeps_special_tokens_that_are_read_as_text(
+    tokenizer_dir: Path, text: str
+) -> None:
+    """What was lower-cased too, once."""
+    theirs = transformers.ErnieMTokenizer.from_pretrained(tokenizer_dir, do_lower_case=True)
+    ours = ErnieMTokenizer.from_pretrained(
+        tokenizer_dir, do_lower_case=True, split_special_tokens=True
+    )
+    assert ours.encode(text) == theirs.encode(text, split_special_tokens=True)

@@ -138,7 +138,9 @@ def test_paddle_flat_config():
 
 
 def test_explicit_mask_mode_wins_over_the_architecture():
-    assert ErnieMConfig.from_dict({"architectures": ["UIEM"], "mask_mode": "pad"}).mask_mode == "pad"
+    assert (
+        ErnieMConfig.from_dict({"architectures": ["UIEM"], "mask_mode": "pad"}).mask_mode == "pad"
+    )
 
 
 def test_paddle_legacy_nested_config(tmp_path):
