@@ -12,10 +12,11 @@ from typing import Annotated, Any
 import pyarrow.parquet as pq
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
+from rich.markup import escape
 from rich.text import Text
 
 from erniem_batch import __version__
-from erniem_batch.errors import ConfigError, ErnieMBatchError
+from erniem_batch.errors import CheckpointError, ConfigError, ErnieMBatchError
 from erniem_batch.job import JobConfig, RunReport, run_job
 from erniem_batch.job.actor import Receipt
 from erniem_batch.job.write import DEAD_LETTERS
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = app(arguments, exit_on_error=False, print_error=True)
     except CycloptsError:
         return EXIT_USAGE
-    except ConfigError as error:
+    except (ConfigError, CheckpointError) as error:
         _say(error)
         return EXIT_USAGE
     except ErnieMBatchError as error:
@@ -78,7 +79,7 @@ def script(command: Callable[..., Any]) -> int:
 
 def _say(error: Exception) -> None:
     Console(stderr=True, highlight=False).print(
-        f"[bold red]error:[/] {error}", soft_wrap=True, markup=True
+        f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True
     )
 
 
@@ -148,11 +149,10 @@ def print_summary(report: RunReport, console: Console) -> None:
     if report.n_dead:
         rows.append(("dead letters in", str(Path(report.output) / DEAD_LETTERS)))
     for name, value in rows:
-        console.print(f"[bold]{name:>16}[/]  {value}", highlight=False, soft_wrap=True)
+        console.print(f"[bold]{name:>16}[/]  {escape(value)}", highlight=False, soft_wrap=True)
     for receipt in report.failed_units:
-        console.print(
-            f"[bold red]{'no output':>16}[/]  {receipt.output}: {receipt.error}", highlight=False
-        )
+        what = escape(f"{receipt.output}: {receipt.error}")
+        console.print(f"[bold red]{'no output':>16}[/]  {what}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from erniem_batch.errors import ConfigError
 
 DEMO = "demo"
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"
+TASKS = ("ner",)
 AGGREGATION_STRATEGIES = ("none", "simple", "first", "average", "max")
 DTYPES = ("float32", "bfloat16", "float16")
 N_SPECIAL_TOKENS = 2
@@ -45,6 +46,8 @@ class PredictorConfig:
     n_threads: int | None = None
 
     def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ConfigError(f"task must be one of {', '.join(TASKS)}, got {self.task!r}")
         if self.aggregation_strategy not in AGGREGATION_STRATEGIES:
             raise ConfigError(
                 f"aggregation_strategy must be one of {', '.join(AGGREGATION_STRATEGIES)}, "

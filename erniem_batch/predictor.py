@@ -37,6 +37,22 @@ from erniem_batch.text.tokenizer import ErnieMTokenizer
 logger = logging.getLogger(__name__)
 
 
+def usable_device(name: str | None) -> torch.device:
+    """The device of a name; None: cuda if there is one.
+
+    Raises:
+        ConfigError: torch knows no such device, or has none here.
+    """
+    cuda = torch.cuda.is_available()
+    try:
+        device = torch.device(name or ("cuda" if cuda else "cpu"))
+    except RuntimeError as error:
+        raise ConfigError(f"device must be cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda" and not cuda:
+        raise ConfigError(f"device={name}: torch {torch.__version__} sees no GPU here; use cpu")
+    return device
+
+
 class Predictor:
     """One model for one task.
 
@@ -53,9 +69,7 @@ class Predictor:
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
-        self.device = torch.device(
-            config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        )
+        self.device = usable_device(config.device)
         self.model = model.to(self.device).eval()
         self.task = task
         self.counters = Counters()

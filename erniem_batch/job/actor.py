@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from erniem_batch.job.config import JobConfig
-from erniem_batch.job.read import Chunk, read_unit
+from erniem_batch.job.read import READ_ERRORS, Chunk, read_unit
 from erniem_batch.job.units import Unit
 from erniem_batch.job.write import add_predictions, write_dead_letters, write_tables
 from erniem_batch.predictor import Predictor
@@ -81,7 +81,7 @@ class UnitTagger:
         path = self._output / f"{unit.output}.{suffix}"
         try:
             write_tables(path, self._tables(unit, tally), self._config.output_format)
-        except (OSError, EOFError, pa.ArrowException) as error:
+        except (*READ_ERRORS, UnicodeError) as error:  # the last: carried bytes that are no text
             reason = f"{type(error).__name__}: {error}"
             return Receipt(unit.id, str(path), error=reason, n_bytes=unit.n_bytes)
         return Receipt(
@@ -123,8 +123,14 @@ class UnitTagger:
                 kept.append(i)
                 predictions.append(outcome)
         tally.add(predictions)
-        table = chunk.table if len(kept) == len(chunk.rows) else chunk.table.take(kept)
-        return add_predictions(table, predictions)
+        return add_predictions(_take(chunk.table, kept), predictions)
+
+
+def _take(table: pa.Table, rows: list[int]) -> pa.Table:
+    """Rows of a table, also of one without columns, which is nothing but a number of rows."""
+    if len(rows) == len(table) or not table.num_columns:
+        return table.slice(0, len(rows))
+    return table.take(pa.array(rows, pa.int64()))
 
 
 class _Tally:

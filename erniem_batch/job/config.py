@@ -77,9 +77,10 @@ class JobConfig:
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise ConfigError(f"{_flag(name)} must be at least {minimum}, got {value}")
-        if self.num_gpus_per_actor < 0:
+        gpus = self.num_gpus_per_actor
+        if not (0 <= gpus < 1 or (gpus >= 1 and float(gpus).is_integer())):
             raise ConfigError(
-                f"--num-gpus-per-actor must be at least 0, got {self.num_gpus_per_actor}"
+                f"--num-gpus-per-actor must be a whole number or a part of one GPU, got {gpus}"
             )
         if self.input and not self.output:
             raise ConfigError("--output is needed with --input: give a folder for the results")
@@ -100,10 +101,11 @@ class JobConfig:
 
     @property
     def carried_columns(self) -> list[str] | None:
-        """Names of input columns to carry; None: all."""
+        """Names of input columns to carry, each once; None: all."""
         if self.columns is None:
             return None
-        return [name.strip() for name in self.columns.split(",") if name.strip()]
+        names = (name.strip() for name in self.columns.split(","))
+        return list(dict.fromkeys(name for name in names if name))
 
     @property
     def actor_range(self) -> tuple[int, int] | None:

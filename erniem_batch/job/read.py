@@ -7,6 +7,8 @@ ids like "0007" into numbers and dates into timestamps, and lose a whole file to
 import gzip
 import io
 import json
+import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,6 +25,17 @@ from erniem_batch.records import Failure
 
 CHUNK_ROWS = 2048
 SAMPLE_BYTES = 1 << 20
+
+# What reading a damaged or vanished file raises.
+READ_ERRORS = (OSError, EOFError, zlib.error, pa.ArrowException)
+
+BOM = b"\xef\xbb\xbf"
+# Marks columns that are JSON text from the start, since no type holds all of their values.
+AS_JSON = {b"erniem_batch": b"json"}
+# JSON nested deeper is refused: Python's own stack would be the next limit.
+MAX_JSON_DEPTH = 100
+# Columns nested deeper are carried as JSON text: a Parquet reader may refuse them.
+MAX_TYPE_DEPTH = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +95,12 @@ def input_schema(
             schema = own
     sample = [row for file in files[:8] if file.format == "jsonl" for row in _sample(file)]
     if sample:
-        if not any(_is_found(row, text_column) for row in sample):
+        if not any(_has(row, text_column) for row in sample):
             names = sorted({name for row in sample for name in row})
             raise ConfigError(_no_column(text_column, names, "the JSONL input"))
-        schema = _infer_schema(sample) if schema is None else schema
+        # As in _read_jsonl: rows that will be refused have no say in the types of the others.
+        usable = [row for row in sample if isinstance(_get(row, text_column), str)]
+        schema = _infer_schema(usable or sample) if schema is None else schema
     schema = pa.schema([]) if schema is None else schema
     schema = schema if columns is None else _select(schema, columns, "the input")
     clash = [name for name in schema.names if name in ADDED_COLUMNS]
@@ -109,9 +124,15 @@ def _select(schema: pa.Schema, columns: Sequence[str], where: str) -> pa.Schema:
 
 def _parquet_schema(file: InputFile) -> pa.Schema:
     try:
-        return pq.read_schema(file.path).remove_metadata()
+        schema = pq.read_schema(file.path).remove_metadata()
     except (OSError, pa.ArrowException) as error:
         raise ConfigError(f"{file.path}: not a readable Parquet file: {error}") from error
+    doubled = [name for name, count in Counter(schema.names).items() if count > 1]
+    if doubled:
+        raise ConfigError(
+            f"{file.path}: several columns have the same name ({', '.join(doubled)}): rename them"
+        )
+    return schema
 
 
 def _require_text(schema: pa.Schema, text_column: str, path: str) -> None:
@@ -145,7 +166,7 @@ def _read_parquet(unit: Unit, text_column: str, columns: Sequence[str] | None) -
     row = unit.first_row or 0
     left = unit.max_rows
     with pq.ParquetFile(unit.path) as file:
-        if not unit.row_groups:  # an empty file makes an empty file
+        if not unit.n_rows:  # an empty file makes an empty file
             empty = file.schema_arrow.remove_metadata().empty_table()
             yield Chunk(empty if columns is None else empty.select(columns), [], [], {}, 1.0)
         for batch in file.iter_batches(
@@ -164,7 +185,25 @@ def _read_parquet(unit: Unit, text_column: str, columns: Sequence[str] | None) -
             rows = list(range(row, row + len(table)))
             row += len(table)
             n_done, n_rows = row - (unit.first_row or 0), unit.max_rows or unit.n_rows or 1
-            yield Chunk(carried, values.to_pylist(), rows, {}, n_done / n_rows)
+            yield Chunk(carried, _strings(values), rows, {}, n_done / n_rows)
+
+
+def _strings(values: pa.Array) -> list[Any]:
+    """The values; those whose bytes are not UTF-8, which Parquet never checks, as bytes."""
+    try:
+        strings: list[Any] = values.to_pylist()
+    except UnicodeDecodeError:
+        if pa.types.is_dictionary(values.type):
+            values = values.dictionary_decode()
+        strings = [_decoded(value) for value in values.cast(pa.large_binary()).to_pylist()]
+    return strings
+
+
+def _decoded(value: bytes | None) -> str | bytes | None:
+    try:
+        return None if value is None else value.decode("utf-8")
+    except UnicodeDecodeError:
+        return value
 
 
 # ---- JSONL ------------------------------------------------------------------------------------
@@ -191,27 +230,38 @@ def _read_jsonl(
             rows.append(row)
         except RecordError as error:
             failures[row] = Failure(str(row), "read", "RecordError", str(error))
-    table = _to_table(objects, schema, columns)
+    texts = [_get(value, text_column) for value in objects]
+    # Rows that the predictor will refuse have no say in the types of the others.
+    usable = [v if isinstance(t, str) else {} for v, t in zip(objects, texts, strict=True)]
+    table = _to_table(usable, schema, columns)
     for start in range(0, max(len(rows), 1), CHUNK_ROWS):
         part = slice(start, start + CHUNK_ROWS)
-        texts = [_get(value, text_column) for value in objects[part]]
         share = min(1.0, (start + CHUNK_ROWS) / max(len(rows), 1))
-        yield Chunk(table.slice(start, CHUNK_ROWS), texts, rows[part], failures, share)
+        # Not simply CHUNK_ROWS: a table without columns takes any length for its own.
+        piece = table.slice(start, len(rows[part]))
+        yield Chunk(piece, texts[part], rows[part], failures, share)
         failures = {}
 
 
 def count_rows(unit: Unit, limit: int) -> int:
-    """Rows of a JSONL unit, counted up to a limit."""
-    return sum(1 for _ in zip(_lines(unit), range(limit), strict=False))
+    """Rows of a JSONL unit, counted up to a limit.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    try:
+        return sum(1 for _ in zip(range(limit), _lines(unit), strict=False))
+    except READ_ERRORS as error:
+        raise ConfigError(f"{unit.path}: cannot be read: {error}") from error
 
 
 @contextmanager
 def open_jsonl(path: str) -> Iterator[IO[bytes]]:
     """A JSONL file for reading, decompressed by its name."""
-    if path.endswith(".gz"):
+    if path.lower().endswith(".gz"):
         with gzip.open(path) as file:
             yield file  # type: ignore[misc]
-    elif path.endswith(".zst"):
+    elif path.lower().endswith(".zst"):
         with pa.CompressedInputStream(path, "zstd") as stream:
             yield io.BufferedReader(stream, 1 << 20)
     else:
@@ -233,7 +283,7 @@ def _lines(unit: Unit) -> Iterator[tuple[int, bytes]]:
             if not line:
                 return
             at += len(line)
-            if line.strip():
+            if line.removeprefix(BOM).strip():
                 yield number, line
             number += 1
 
@@ -252,15 +302,19 @@ def _count_lines_before(unit: Unit) -> int:
 
 def _parse(line: bytes) -> dict[str, Any]:
     try:
-        text = line.decode("utf-8-sig" if line.startswith(b"\xef\xbb\xbf") else "utf-8")
+        text = line.removeprefix(BOM).decode("utf-8")
     except UnicodeDecodeError as error:
         raise RecordError(f"not UTF-8 at byte {error.start} of the line") from None
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise RecordError(f"not JSON: {error.msg} at character {error.pos} of the line") from None
+    except ValueError:  # Python's own limit
+        raise RecordError("a number has more than 4300 digits") from None
     except RecursionError:
-        raise RecordError("not JSON that can be read: nested too deeply") from None
+        raise RecordError(f"nested more than {MAX_JSON_DEPTH} levels deep") from None
+    if line.count(b"[") + line.count(b"{") > MAX_JSON_DEPTH and _depth(value) > MAX_JSON_DEPTH:
+        raise RecordError(f"nested more than {MAX_JSON_DEPTH} levels deep")
     if not isinstance(value, dict):
         raise RecordError(f"expected a JSON object, got {type(value).__name__}")
     if b"\\u" in line:
@@ -269,6 +323,15 @@ def _parse(line: bytes) -> dict[str, Any]:
         except UnicodeEncodeError:
             raise RecordError("a lone surrogate (\\ud800 to \\udfff): not valid Unicode") from None
     return value
+
+
+def _depth(value: Any) -> int:
+    """Levels of nesting, without recursion."""
+    level, depth = [value], 0
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        depth += 1
+        level = [x for item in level for x in (item.values() if isinstance(item, dict) else item)]
+    return depth
 
 
 def _require_no_clash(value: dict[str, Any]) -> None:
@@ -288,8 +351,11 @@ def _get(value: dict[str, Any], column: str) -> Any:
     return found
 
 
-def _is_found(value: dict[str, Any], column: str) -> bool:
-    return _get(value, column) is not None
+def _has(value: dict[str, Any], column: str) -> bool:
+    """Whether the column is there, be it null."""
+    *outer, last = column.split(".")
+    inner = _get(value, ".".join(outer)) if outer else value
+    return column in value or (isinstance(inner, dict) and last in inner)
 
 
 def _sample(file: InputFile) -> list[dict[str, Any]]:
@@ -303,14 +369,21 @@ def _sample(file: InputFile) -> list[dict[str, Any]]:
             n_bytes += len(line)
             if n_bytes > SAMPLE_BYTES:
                 break
-    except (OSError, EOFError, pa.ArrowException) as error:
+    except READ_ERRORS as error:
         raise ConfigError(f"{file.path}: cannot be read: {error}") from error
     return rows
 
 
 def _infer_schema(rows: Sequence[dict[str, Any]]) -> pa.Schema:
     names = dict.fromkeys(name for row in rows for name in row)
-    return pa.schema([(name, _column([row.get(name) for row in rows]).type) for name in names])
+    return pa.schema([_infer_field(name, [row.get(name) for row in rows]) for name in names])
+
+
+def _infer_field(name: str, values: list[Any]) -> pa.Field:
+    type_ = _column(values).type
+    strings = all(value is None or isinstance(value, str) for value in values)
+    as_json = pa.types.is_string(type_) and not strings
+    return pa.field(name, type_, metadata=AS_JSON if as_json else None)
 
 
 def _to_table(
@@ -326,25 +399,39 @@ def _to_table(
         names = list(dict.fromkeys([*names, *(name for row in rows for name in row)]))
     arrays = {}
     for name in names:
-        known = schema.field(name).type if name in schema.names else None
+        known = schema.field(name) if name in schema.names else None
         arrays[name] = _column([row.get(name) for row in rows], known)
     if not arrays:  # a table without columns would forget how many rows it has
         return pa.table({"": pa.nulls(len(rows))}).select([])
     return pa.table(arrays)
 
 
-def _column(values: list[Any], known: pa.DataType | None = None) -> pa.Array:
+def _column(values: list[Any], known: pa.Field | None = None) -> pa.Array:
     """Values as an array that gives back the same values; as JSON text if no type can."""
-    for type_ in (known, None):
+    as_json = known is not None and known.metadata == AS_JSON
+    for type_ in () if as_json else (None if known is None else known.type, None):
         try:
             array = pa.array(values, type=type_)
         except (pa.ArrowException, TypeError, ValueError, OverflowError):
             continue
-        if _same(array, values):
+        if _is_writable(array.type) and _same(array, values):
             return array
-    return pa.array(
-        [None if v is None else json.dumps(v, ensure_ascii=False) for v in values], pa.string()
-    )
+    # In a column of strings with an odd value, the strings stay what they are.
+    plain = known is not None and pa.types.is_string(known.type) and not as_json
+    return pa.array([_as_text(value, plain) for value in values], pa.string())
+
+
+def _as_text(value: Any, plain: bool) -> str | None:
+    if value is None or (plain and isinstance(value, str)):
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _is_writable(type_: pa.DataType, depth: int = 0) -> bool:
+    """Whether Parquet can hold the type: no struct without fields, and not too deep."""
+    inner = [type_.field(i).type for i in range(type_.num_fields)]
+    empty = pa.types.is_struct(type_) and not inner
+    return not empty and depth < MAX_TYPE_DEPTH and all(_is_writable(t, depth + 1) for t in inner)
 
 
 def _same(array: pa.Array, values: list[Any]) -> bool:
@@ -363,6 +450,8 @@ def _equal(ours: Any, given: Any) -> bool:
         )
     if isinstance(given, list):
         return isinstance(ours, list) and len(ours) == len(given) and all(map(_equal, ours, given))
+    if isinstance(ours, float) and type(given) is int:
+        return ours == given  # JSON does not tell 1 from 1.0
     return type(ours) is type(given) and (ours == given or ours != ours)
 
 

@@ -27,6 +27,7 @@ from erniem_batch.job.config import JobConfig
 from erniem_batch.job.progress import Progress, ProgressCounter
 from erniem_batch.job.read import input_schema
 from erniem_batch.job.units import Unit, find_files, plan_units
+from erniem_batch.job.write import DEAD_LETTERS
 from erniem_batch.predictor import Predictor
 
 logger = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ def run_job(config: JobConfig, on_receipt: Callable[[Receipt], None] | None = No
             ray.shutdown()
     now = time.monotonic()
     return make_report(
-        receipts, units, output, now - started, now - working, 1 - real / max(padded, 1)
+        receipts, units, output, now - started, now - working, 1 - real / padded if padded else 0.0
     )
 
 
@@ -124,12 +125,13 @@ def prepare_output(config: JobConfig, units: Sequence[Unit]) -> Path:
     if "://" in name:
         raise ConfigError(f"--output {name}: only local folders can be written so far")
     output = Path(name).expanduser().resolve()
-    suffix = config.output_format
-    there = [unit.output for unit in units if (output / f"{unit.output}.{suffix}").exists()]
+    places = [f"{{}}.{suffix}" for suffix in ("parquet", "jsonl")] + [f"{DEAD_LETTERS}/{{}}.jsonl"]
+    names = (place.format(unit.output) for unit in units for place in places)
+    there = [name for name in names if (output / name).exists()]
     if there:
         raise ConfigError(
-            f"--output {output} holds results already ({there[0]}.{suffix} and {len(there) - 1} "
-            f"more of this run): choose another folder or move them away"
+            f"--output {output} holds results already ({there[0]} and {len(there) - 1} more of "
+            f"this run): choose another folder or move them away"
         )
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -193,11 +195,9 @@ def stream(
 
 
 def _cause(error: BaseException) -> str:
-    """The first error of a chain, without Ray's advice around it."""
-    while (inner := getattr(error, "cause", None) or error.__cause__) is not None:
-        error = inner
-    last = str(error).strip().splitlines()[-1:]
-    return f"{type(error).__name__}: {' '.join(last)}"
+    """What went wrong first. Ray gives it as text only: a traceback, followed by Ray's own."""
+    first = str(error).partition("\n\nThe above exception was the direct cause")[0]
+    return (first.strip().splitlines() or [type(error).__name__])[-1].strip()
 
 
 def make_report(

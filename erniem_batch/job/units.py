@@ -112,18 +112,16 @@ def _expand(pattern: str) -> Iterator[tuple[Path, Path]]:
 
 
 def _input_file(path: Path, root: Path, input_format: str) -> InputFile | None:
-    suffixes = list(path.suffixes)
-    if suffixes and suffixes[-1].lower() in COMPRESSED_SUFFIXES:
-        suffixes.pop()
-    last = suffixes[-1].lower() if suffixes else ""
+    name = path.relative_to(root)
+    if name.suffix.lower() in COMPRESSED_SUFFIXES:
+        name = name.with_suffix("")
+    last = name.suffix.lower()
     known = "parquet" if last == ".parquet" else "jsonl" if last in JSONL_SUFFIXES else None
     format_ = known if input_format == "auto" else input_format
     if format_ is None:
         return None
-    name = path.relative_to(root).as_posix()
-    for suffix in (*COMPRESSED_SUFFIXES, ".parquet", *JSONL_SUFFIXES):
-        name = name.removesuffix(suffix)
-    return InputFile(str(path), name, format_)
+    stem = name.with_suffix("") if known else name
+    return InputFile(str(path), stem.as_posix(), format_)
 
 
 def plan_units(
@@ -203,7 +201,7 @@ def _jsonl_slices(file: InputFile, unit_bytes: int) -> Iterator[dict[str, Any]]:
         Path(file.path).open("rb").close()
     except OSError as error:
         raise ConfigError(f"{file.path}: cannot be read: {error.strerror}") from error
-    if file.path.endswith(COMPRESSED_SUFFIXES) or size <= unit_bytes:
+    if file.path.lower().endswith(COMPRESSED_SUFFIXES) or size <= unit_bytes:
         yield {"n_bytes": size}
         return
     for start in range(0, size, unit_bytes):

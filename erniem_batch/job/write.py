@@ -81,20 +81,31 @@ def write_tables(path: Path, tables: Iterable[pa.Table], output_format: str) -> 
     """Writes tables of one schema into one file; gives the number of rows."""
     n_rows = 0
     with atomic_file(path) as file:
-        writer = None
-        for table in tables:
+        write = _write_jsonl if output_format == "jsonl" else _write_parquet
+        for table in write(file, tables):
             n_rows += len(table)
-            if output_format == "jsonl":
-                for row in table.to_pylist():
-                    line = json.dumps(row, ensure_ascii=False, default=str)
-                    file.write(line.encode("utf-8") + b"\n")
-                continue
+    return n_rows
+
+
+def _write_jsonl(file: IO[bytes], tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    for table in tables:
+        for row in table.to_pylist():
+            line = json.dumps(row, ensure_ascii=False, default=str)
+            file.write(line.encode("utf-8") + b"\n")
+        yield table
+
+
+def _write_parquet(file: IO[bytes], tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    writer = None
+    try:
+        for table in tables:
             if writer is None:
                 writer = pq.ParquetWriter(file, table.schema, compression="zstd")
             writer.write_table(table)
+            yield table
+    finally:  # also after an error: left to the garbage collector, it writes to a closed file
         if writer is not None:
             writer.close()
-    return n_rows
 
 
 def write_dead_letters(folder: Path, unit: Unit, failures: dict[int, Failure]) -> None:

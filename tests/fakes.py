@@ -1,0 +1,150 @@
+"""Small stand-ins that tests share: models that do as they are told, and helpers to write input."""
+
+import gzip
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor, nn
+
+from erniem_batch import ErnieMConfig, ErnieMForTokenClassification, ErnieMTokenizer
+from erniem_batch.config import PredictorConfig
+from erniem_batch.job.actor import Receipt, UnitTagger
+from erniem_batch.job.units import Unit
+from erniem_batch.model.outputs import LogitsOutput
+from erniem_batch.predictor import Predictor
+from erniem_batch.tasks.ner import NerTask
+
+LABELS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
+
+
+class LookupModel(nn.Module):
+    """Labels by token id alone: each id named gets its label, all others "O".
+
+    Args:
+        label_ids: label index by token id.
+        fails_on: a batch with this token id raises a RuntimeError.
+        blind: so many tokens at either edge of a window are seen as "O".
+    """
+
+    def __init__(
+        self,
+        label_ids: Mapping[int, int],
+        labels: Sequence[str] = LABELS,
+        *,
+        fails_on: int | None = None,
+        blind: int = 0,
+    ) -> None:
+        super().__init__()
+        self.config = ErnieMConfig(vocab_size=9000).with_labels(labels)
+        self.label_ids = dict(label_ids)
+        self.fails_on = fails_on
+        self.blind = blind
+        self.batches: list[tuple[int, ...]] = []
+        table = torch.zeros(9000, len(labels))
+        table[:, 0] = 4.0
+        for token, label in self.label_ids.items():
+            table[token, 0], table[token, label] = 0.0, 5.0
+        self.table = nn.Parameter(table)
+
+    def forward(self, ids_BL: Tensor) -> LogitsOutput:
+        self.batches.append(tuple(ids_BL.shape))
+        if self.fails_on is not None and bool((ids_BL == self.fails_on).any()):
+            raise RuntimeError(f"a kernel does not like token {self.fails_on}\nsecond line")
+        logits_BLC = self.table[ids_BL].clone()
+        if self.blind:
+            for row, ids in zip(logits_BLC, ids_BL, strict=True):
+                length = int((ids != 1).sum())
+                for edge in (row[1 : 1 + self.blind], row[length - 1 - self.blind : length - 1]):
+                    edge[:] = 0.0
+                    edge[:, 0] = 4.0
+        return LogitsOutput(logits=logits_BLC)
+
+
+class RaisingTagger(UnitTagger):
+    """Works until it meets the unit "b"."""
+
+    def tag(self, unit: Unit) -> Receipt:
+        if unit.output == "b":
+            raise LookupError("nobody expects this")
+        return super().tag(unit)
+
+
+class DyingTagger(UnitTagger):
+    """The unit "b" ends its process, as the kernel does when memory runs out."""
+
+    def tag(self, unit: Unit) -> Receipt:
+        if unit.output == "b":
+            os._exit(1)
+        return super().tag(unit)
+
+
+def make_predictor(model: nn.Module, tokenizer: ErnieMTokenizer, **options: Any) -> Predictor:
+    """A predictor for a model that no folder holds."""
+    config = PredictorConfig(device="cpu", n_threads=1, **options)
+    task = NerTask(
+        tokenizer,
+        model.config.labels,
+        aggregation_strategy=config.aggregation_strategy,
+        min_score=config.min_score,
+        window_tokens=config.window_tokens,
+        overlap_tokens=config.overlap_tokens,
+    )
+    return Predictor(config, tokenizer, model, task)
+
+
+def save_tiny_ner_model(folder: Path, tokenizer: ErnieMTokenizer) -> Path:
+    """A random model, hidden 32 and 2 layers, that finds something in every sentence."""
+    torch.manual_seed(11)
+    config = ErnieMConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        initializer_range=0.25,
+    ).with_labels(LABELS)
+    model = ErnieMForTokenClassification(config)
+    with torch.no_grad():
+        model.classifier.bias[0] = 1.0  # else "O" is as rare as any other label
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]], ascii_only: bool = False) -> Path:
+    """One JSON object a line; compressed by the name of the file."""
+    lines = [json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in rows]
+    return write_bytes(path, "".join(lines).encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> Path:
+    """The content as a file; compressed by the name of the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".gz":
+        content = gzip.compress(content)
+    elif path.suffix == ".zst":
+        content = pa.compress(content, "zstd", asbytes=True)
+    path.write_bytes(content)
+    return path
+
+
+def write_parquet(path: Path, table: pa.Table, group_rows: int | None = None) -> Path:
+    """The table in row groups of so many rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, row_group_size=group_rows)
+    return path
+
+
+def bad_utf8_strings(values: Sequence[bytes]) -> pa.Array:
+    """An Arrow string column of any bytes, as careless writers leave it in Parquet files."""
+    offsets = np.cumsum([0, *map(len, values)]).astype(np.int32)
+    return pa.Array.from_buffers(
+        pa.string(), len(values), [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(values))]
+    )

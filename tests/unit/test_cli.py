@@ -1,0 +1,209 @@
+import io
+import json
+import os
+import re
+from dataclasses import fields
+
+import pytest
+from fakes import write_jsonl
+from rich.console import Console
+
+from erniem_batch import cli
+from erniem_batch.cli import main
+from erniem_batch.errors import JobError
+from erniem_batch.job import JobConfig, RunReport
+from erniem_batch.job.actor import Receipt
+from erniem_batch.job.run import make_report
+from erniem_batch.job.units import Unit
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Exit code, stdout and stderr of a command line. None of these gets as far as Ray."""
+    monkeypatch.setenv("COLUMNS", "400")
+    for name in ("RAY_ADDRESS", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+
+    def call(*arguments):
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def _report(**changes):
+    values = dict.fromkeys((f.name for f in fields(RunReport)), 0)
+    return RunReport(**{**values, "output": "out", "failed_units": (), **changes})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("ner", "--limit", "0"), "--limit must be at least 1, got 0"),
+        (("ner", "--limit", "many"), "many"),
+        (("ner", "--text-colum", "body"), "--text-column"),
+        (("ner", "--actor", "2:2"), "--actors"),
+        (("ner", "--dtype", "int8"), "float32"),
+        (("ner", "--input", "absent"), "--output is needed with --input"),
+        (("ner", "--input", "absent", "--output", "out"), "--input absent: no file matches"),
+        (("ner", "--window-tokens", "600", "--overlap-tokens", "600"), "lower it or raise"),
+        (("ner", "surplus"), "surplus"),
+        (("net",), "ner"),
+    ],
+)
+def test_wrong_usage(run, arguments, message):
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in out + err
+
+
+def test_a_usage_error_is_one_line(run):
+    code, out, err = run("ner", "--input", "absent", "--output", "out")
+    assert (code, out) == (2, "")
+    assert err.strip().count("\n") == 0
+    assert err.startswith("error: ")
+
+
+def test_square_brackets_in_a_message_are_shown(run, tmp_path):
+    """Once, they were read as colours: left out, or an error of their own."""
+    for name in ("[ab]*.jsonl", "x[/bold]", "[red]"):
+        code, _, err = run("ner", "--input", tmp_path / name, "--output", tmp_path / "out")
+        assert code == 2
+        assert name in err
+
+
+def test_a_model_that_cannot_be_used_is_wrong_usage(run, tmp_path):
+    """Once, exit code 3 (incomplete), which says that to run it again may help."""
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    (tmp_path / "model").mkdir()
+    options = ("--input", source, "--output", tmp_path / "out")
+    for model in ("model", "absent"):
+        code, out, err = run("ner", *options, "--model", tmp_path / model)
+        assert (code, out) == (2, "")
+        assert str(tmp_path / model) in err
+
+
+def test_second_run_into_the_same_folder(run, tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    write_jsonl(tmp_path / "out" / "a.parquet", [])
+    code, _, err = run("ner", "--input", source, "--output", tmp_path / "out")
+    assert code == 2
+    assert "holds results already (a.parquet" in err
+
+
+def test_help_shows_every_setting(run):
+    code, out, _ = run("ner", "--help")
+    assert code == 0
+    for field in fields(JobConfig):
+        assert re.search(rf"--{field.name.replace('_', '-')}\b", out), field.name
+    assert "--config" not in out
+    assert "Exit codes" in out
+
+
+def test_help_and_version(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    assert "ner" in out
+    code, out, _ = run("--version")
+    assert code == 0
+    assert re.match(r"\d+\.\d+\.\d+", out)
+
+
+def test_flags_become_the_configuration(run, monkeypatch):
+    seen = []
+
+    def fake_run(config, on_receipt=None):
+        seen.append((config, on_receipt))
+        return _report(n_rows=5, n_ok=5, padding_share=0.0)
+
+    monkeypatch.setattr(cli, "run_job", fake_run)
+    code, out, _ = run(
+        *("ner", "--input", "a", "--input", "b", "--output", "o", "--min-score", "0.5"),
+        *("--columns", "id,text", "--actors", "2:2", "--num-gpus-per-actor", "0.5"),
+        *("--aggregation-strategy", "max", "--output-format", "jsonl"),
+    )
+    assert code == 0
+    (config, on_receipt) = seen[0]
+    assert config == JobConfig(
+        input=["a", "b"],
+        output="o",
+        min_score=0.5,
+        columns="id,text",
+        actors="2:2",
+        num_gpus_per_actor=0.5,
+        aggregation_strategy="max",
+        output_format="jsonl",
+    )
+    assert on_receipt is None
+    assert json.loads(out)["n_rows"] == 5
+    run("ner")
+    assert seen[1][0] == JobConfig()
+    assert seen[1][1] is not None  # the demo shows what it found
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({}, 0),
+        ({"n_dead": 1}, 4),
+        ({"failed_units": (Receipt("u", "out/a", error="gone"),), "n_dead": 1}, 3),
+    ],
+)
+def test_exit_codes(run, monkeypatch, changes, code):
+    monkeypatch.setattr(cli, "run_job", lambda config, on_receipt=None: _report(**changes))
+    found, out, err = run("ner")
+    assert found == code
+    assert json.loads(out)["exit_code"] == code
+    if code:
+        assert "dead letters in" in err
+
+
+def test_a_job_that_breaks_off(run, monkeypatch):
+    def broken(config, on_receipt=None):
+        raise JobError("the actors failed [/x]: MemoryError")
+
+    monkeypatch.setattr(cli, "run_job", broken)
+    code, _, err = run("ner")
+    assert code == 3
+    assert "the actors failed [/x]: MemoryError" in err
+
+
+def test_report_counts_units_without_receipt():
+    units = [Unit(id=str(i), path="a", format="jsonl", output=f"a-{i}") for i in range(3)]
+    receipts = [
+        Receipt("0", "out/a-0", n_rows=5, n_ok=4, n_dead=1),
+        Receipt("1", "out/a-1", error="OSError: gone"),
+    ]
+    report = make_report(receipts, units, "out", 2.0, 1.0, 0.25)
+    assert (report.n_rows, report.n_ok, report.n_dead, report.n_units) == (5, 4, 1, 3)
+    assert [r.unit_id for r in report.failed_units] == ["1", "2"]
+    assert report.exit_code == 3
+
+
+def test_highlight_marks_entities_and_cuts_long_texts():
+    text = "Ada\nin London " + "x" * 300
+    entities = [
+        {"start": 0, "end": 3, "label": "PER", "text": "Ada"},
+        {"start": 7, "end": 13, "label": "LOC", "text": "London"},
+        {"start": 250, "end": 252, "label": "LOC", "text": "xx"},
+    ]
+    line = cli.highlight(text, entities, "en").plain
+    assert line.startswith("      en  Ada PER in London LOC xxx")
+    assert line.endswith(" …")
+
+
+def test_entity_view_shows_a_finished_file(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    entity = {"start": 0, "end": 3, "label": "PER", "text": "Ada"}
+    path = os.fspath(tmp_path / "a.parquet")
+    rows = [{"text": "Ada!", "lang": "en", "entities": [entity]}, {"text": "b", "entities": []}]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    shown = io.StringIO()
+    view = cli.EntityView(Console(file=shown, width=80))
+    view(Receipt("1", path))
+    view(Receipt("2", "absent", error="gone"))
+    assert shown.getvalue().split() == ["en", "Ada", "PER!"]

@@ -1,0 +1,66 @@
+"""What no single module is responsible for."""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MODULES = sorted((ROOT / "erniem_batch").rglob("*.py"))
+SCRIPTS = sorted((ROOT / "pipelines").glob("*.py"))
+OURS = [*MODULES, *SCRIPTS, *sorted((ROOT / "tests").rglob("*.py"))]
+
+# Folders of one machine; and the sibling folder that only tests may use, and only if it is there.
+MACHINE_PATH = re.compile(r"""["'\s(=](/(?:home|root|tmp|work|Users|mnt)/[\w./-]+)""")
+
+
+def _id(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", OURS, ids=_id)
+def test_no_paths_of_one_machine(path):
+    assert MACHINE_PATH.findall(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("path", OURS, ids=_id)
+def test_lines_end_as_they_should(path):
+    content = path.read_bytes()
+    assert b"\r" not in content
+    assert b"\t" not in content
+    assert not content or (content.endswith(b"\n") and not content.endswith(b"\n\n"))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_id)
+def test_public_names_exist(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    module = importlib.import_module(name)
+    public = getattr(module, "__all__", [])
+    assert [n for n in public if not hasattr(module, n)] == []
+    assert list(public) == sorted(set(public))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_id)
+def test_every_module_says_what_it_is(path):
+    if path.name != "__init__.py":
+        assert path.read_text(encoding="utf-8").startswith('"""'), "a module docstring"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=_id)
+def test_scripts_have_help(path):
+    done = subprocess.run(
+        [sys.executable, str(path), "--help"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--output" in done.stdout or "--model" in done.stdout

@@ -1,0 +1,158 @@
+from dataclasses import FrozenInstanceError
+
+import pytest
+
+from erniem_batch.config import DEMO
+from erniem_batch.errors import ConfigError
+from erniem_batch.job import JobConfig
+from erniem_batch.job.cluster import THREADS_OF_A_LARGE_ACTOR, Pool, cluster_pool, local_pool
+from erniem_batch.job.config import ADDED_COLUMNS
+from erniem_batch.job.run import prepare_output
+from erniem_batch.job.units import Unit
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"input": ["in"]}, "--output is needed with --input: give a folder"),
+        ({"limit": 0}, "--limit must be at least 1, got 0"),
+        ({"unit_bytes": 0}, "--unit-bytes must be at least 1, got 0"),
+        ({"num_cpus_per_actor": 0}, "--num-cpus-per-actor must be at least 1, got 0"),
+        ({"num_gpus_per_actor": -0.5}, "--num-gpus-per-actor must be .*, got -0.5"),
+        ({"num_gpus_per_actor": 1.5}, "--num-gpus-per-actor must be .*, got 1.5"),
+        ({"num_gpus_per_actor": float("nan")}, "--num-gpus-per-actor must be .*, got nan"),
+        ({"text_column": ""}, "--text-column must name a column"),
+        ({"actors": "0"}, "--actors must be MIN:MAX .* got '0'"),
+        ({"actors": "3:2"}, "--actors must be MIN:MAX"),
+        ({"actors": "2-3"}, "--actors must be MIN:MAX"),
+        ({"actors": ""}, "--actors must be MIN:MAX"),
+        ({"aggregation_strategy": "best"}, "aggregation_strategy must be one of none, simple"),
+        ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, got 'int8'"),
+        ({"min_score": -0.1}, "min_score must be from 0 to 1, got -0.1"),
+        ({"window_tokens": 2}, "window_tokens=2 leaves no room"),
+        ({"overlap_tokens": 510}, "overlap_tokens=510 must be from 0 to 509"),
+        ({"max_batch_tokens": 100}, "window_tokens=512 does not fit in max_batch_tokens=100"),
+        *(({"columns": f"id,{name}"}, f"--columns {name}: the job adds") for name in ADDED_COLUMNS),
+    ],
+)
+def test_impossible_values(options, message):
+    with pytest.raises(ConfigError, match=message):
+        JobConfig(**options)
+
+
+def test_unknown_keyword_and_frozen():
+    with pytest.raises(TypeError, match="actor"):
+        JobConfig(actor="2")
+    with pytest.raises(FrozenInstanceError):
+        JobConfig().limit = 3
+
+
+def test_defaults_are_the_demo():
+    config = JobConfig()
+    assert config.is_demo
+    assert config.model == DEMO
+    assert config.carried_columns is None
+    assert config.bytes_per_unit == 1 << 20
+    assert JobConfig(num_gpus_per_actor=1).bytes_per_unit == 16 << 20
+    assert JobConfig(unit_bytes=7, num_gpus_per_actor=1).bytes_per_unit == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("", []), ("id", ["id"]), (" id , text,", ["id", "text"]), ("id,id,text", ["id", "text"])],
+)
+def test_carried_columns(text, expected):
+    assert JobConfig(columns=text).carried_columns == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [(None, None), ("2", (2, 2)), ("1:8", (1, 8)), ("2:2", (2, 2))]
+)
+def test_actor_range(text, expected):
+    assert JobConfig(actors=text).actor_range == expected
+
+
+def test_predictor_gets_all_that_concerns_it():
+    config = JobConfig(
+        model="m",
+        aggregation_strategy="max",
+        min_score=0.3,
+        window_tokens=64,
+        overlap_tokens=5,
+        max_batch_tokens=640,
+        dtype="bfloat16",
+    )
+    predictor = config.predictor
+    for name in (
+        "model",
+        "aggregation_strategy",
+        "min_score",
+        "window_tokens",
+        "overlap_tokens",
+        "max_batch_tokens",
+        "dtype",
+    ):
+        assert getattr(predictor, name) == getattr(config, name)
+    assert predictor.device == "cpu"
+    assert JobConfig(num_gpus_per_actor=0.5).predictor.device == "cuda"
+
+
+# ---- actors -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cores", "options", "expected"),
+    [
+        (1, {}, Pool(1, 1, 1, 0, 0)),
+        (2, {}, Pool(1, 1, 2, 0, 0)),
+        (4, {}, Pool(1, 1, 4, 0, 0)),
+        (16, {}, Pool(1, 4, 4, 0, 0)),
+        (2, {"actors": "2:2"}, Pool(2, 2, 1, 0, 0)),
+        (2, {"actors": "2:2", "num_cpus_per_actor": 1}, Pool(2, 2, 1, 0, 0)),
+        (2, {"actors": "8"}, Pool(8, 8, 1, 0, 0)),
+        (8, {"num_cpus_per_actor": 2}, Pool(1, 4, 2, 0, 0)),
+        (8, {"num_gpus_per_actor": 1.0}, Pool(1, 1, 1, 1.0, 0)),
+    ],
+)
+def test_actors_of_one_machine(cores, options, expected):
+    assert local_pool(JobConfig(**options), cores) == expected
+
+
+@pytest.mark.parametrize(
+    ("nodes", "options", "expected"),
+    [
+        ([{"CPU": 9}, {"CPU": 25}], {}, Pool(1, 8, 4, 0, 3)),
+        ([{"CPU": 2}], {}, Pool(1, 2, 1, 0, 3)),  # never larger than what a node can hold
+        ([], {}, Pool(1, 1, THREADS_OF_A_LARGE_ACTOR, 0, 3)),
+        ([{"CPU": 8, "GPU": 4}, {"CPU": 9}], {"num_gpus_per_actor": 0.5}, Pool(1, 8, 1, 0.5, 3)),
+        ([{"CPU": 9}], {"actors": "2:9", "num_cpus_per_actor": 2}, Pool(2, 9, 2, 0, 3)),
+    ],
+)
+def test_actors_of_a_cluster(nodes, options, expected):
+    assert cluster_pool(JobConfig(**options), nodes) == expected
+
+
+# ---- output -------------------------------------------------------------------------------------
+
+UNITS = [Unit(id="1", path="a", format="jsonl", output=name) for name in ("a", "sub/b")]
+
+
+def test_output_folder_is_made(tmp_path):
+    output = prepare_output(JobConfig(output=str(tmp_path / "x" / "y")), UNITS)
+    assert output.is_dir()
+    assert list(output.iterdir()) == []
+
+
+def test_output_that_holds_results(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.parquet").touch()
+    with pytest.raises(ConfigError, match=r"holds results already \(sub/b\.parquet"):
+        prepare_output(JobConfig(output=str(tmp_path)), UNITS)
+
+
+def test_output_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be written"):
+        prepare_output(JobConfig(output=str(tmp_path / "file" / "out")), UNITS)
+    with pytest.raises(ConfigError, match="only local folders"):
+        prepare_output(JobConfig(output="s3://bucket/out"), UNITS)
