@@ -25,7 +25,8 @@ class PredictorConfig:
         model: a model folder, or `demo` for the one that comes with the package.
         task: which task of `erniem_batch.tasks` to run.
         aggregation_strategy: how token labels become entities.
-        min_score: entities that score lower are left out.
+        min_score: entities that score lower are left out; None: what the model's config.json
+            recommends (`task_specific_params.ner.min_score`), else 0.
         window_tokens: longest model input, special tokens included.
         overlap_tokens: tokens that two neighbouring windows of a long text share.
         max_batch_tokens: padded tokens in one forward pass; None: by device.
@@ -37,7 +38,7 @@ class PredictorConfig:
     model: str = DEMO
     task: str = "ner"
     aggregation_strategy: str = "simple"
-    min_score: float = 0.0
+    min_score: float | None = None
     window_tokens: int = 512
     overlap_tokens: int = 128
     max_batch_tokens: int | None = None
@@ -55,7 +56,7 @@ class PredictorConfig:
             )
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if not 0 <= self.min_score <= 1:
+        if self.min_score is not None and not 0 <= self.min_score <= 1:
             raise ConfigError(f"min_score must be from 0 to 1, got {self.min_score}")
         if self.window_tokens <= N_SPECIAL_TOKENS:
             raise ConfigError(

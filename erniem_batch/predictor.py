@@ -19,6 +19,7 @@ from erniem_batch.batching import plan_batches
 from erniem_batch.config import DEFAULT_BATCH_TOKENS, PredictorConfig
 from erniem_batch.errors import ConfigError, RecordError
 from erniem_batch.model.checkpoint import PreTrainedModel
+from erniem_batch.model.config import ErnieMConfig
 from erniem_batch.model.heads import ErnieMForTokenClassification
 from erniem_batch.records import (
     Counters,
@@ -35,6 +36,20 @@ from erniem_batch.tasks.ner import NerTask
 from erniem_batch.text.tokenizer import ErnieMTokenizer
 
 logger = logging.getLogger(__name__)
+
+
+def _min_score(config: PredictorConfig, model_config: ErnieMConfig) -> float:
+    """The threshold asked for, else the one that was found best for the model."""
+    if config.min_score is not None:
+        return config.min_score
+    params = model_config.extra.get("task_specific_params") or {}
+    value = (params.get(config.task) or {}).get("min_score", 0.0)
+    if not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ConfigError(
+            f"task_specific_params.{config.task}.min_score in config.json must be from 0 to 1, "
+            f"got {value!r}"
+        )
+    return float(value)
 
 
 def usable_device(name: str | None) -> torch.device:
@@ -105,7 +120,7 @@ class Predictor:
             tokenizer,
             model.config.labels,
             aggregation_strategy=config.aggregation_strategy,
-            min_score=config.min_score,
+            min_score=_min_score(config, model.config),
             window_tokens=config.window_tokens,
             overlap_tokens=config.overlap_tokens,
         )

@@ -14,6 +14,7 @@ from typing import Any
 
 from erniem_batch.config import AGGREGATION_STRATEGIES, DEMO, PredictorConfig
 from erniem_batch.job.read import open_jsonl
+from erniem_batch.labels import Span
 from erniem_batch.metrics import SpanScores, span_scores
 from erniem_batch.predictor import Predictor
 from erniem_batch.records import Prediction, Record
@@ -26,7 +27,7 @@ def main() -> int:
     parser.add_argument("--model", default=DEMO, help="model folder, or demo")
     parser.add_argument("--data", required=True, nargs="+", help="JSONL files or globs")
     parser.add_argument("--aggregation-strategy", choices=AGGREGATION_STRATEGIES, default="simple")
-    parser.add_argument("--min-score", type=float, default=0.0)
+    parser.add_argument("--min-score", type=float, help="default: the model's own")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--markdown", action="store_true", help="print a table for a model card")
     args = parser.parse_args()
@@ -39,19 +40,28 @@ def main() -> int:
             n_threads=args.threads,
         )
     )
+    by_language = read_by_language(args.data)
+    scores = {language: evaluate(predictor, by_language[language]) for language in by_language}
+    show(scores, args.markdown)
+    return 0
+
+
+def read_by_language(patterns: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """Records of all files by their `lang`, sorted."""
     by_language = defaultdict(list)
-    for path in sorted({p for pattern in args.data for p in glob.glob(pattern)}):
+    for path in sorted({p for pattern in patterns for p in glob.glob(pattern)}):
         with open_jsonl(path) as lines:
             for line in lines:
                 record = json.loads(line)
                 by_language[record["lang"]].append(record)
     if not by_language:
-        parser.error(f"no records in {args.data}")
-    scores = {
-        language: evaluate(predictor, by_language[language]) for language in sorted(by_language)
-    }
-    show(scores, args.markdown)
-    return 0
+        raise SystemExit(f"no records in {patterns}: expected JSONL with text, lang and spans")
+    return dict(sorted(by_language.items()))
+
+
+def spans_of(record: dict[str, Any]) -> list[Span]:
+    """The gold spans of a record."""
+    return [(start, end, label) for start, end, label in record["spans"]]
 
 
 def evaluate(predictor: Predictor, records: list[dict[str, Any]]) -> SpanScores:
@@ -61,7 +71,7 @@ def evaluate(predictor: Predictor, records: list[dict[str, Any]]) -> SpanScores:
         [(e.start, e.end, e.label) for e in o.value] if isinstance(o, Prediction) else []
         for o in outcomes
     ]
-    return span_scores([[(a, b, kind) for a, b, kind in r["spans"]] for r in records], predicted)
+    return span_scores([spans_of(record) for record in records], predicted)
 
 
 def show(scores: dict[str, SpanScores], markdown: bool) -> None:

@@ -92,7 +92,7 @@ def make_predictor(model: nn.Module, tokenizer: ErnieMTokenizer, **options: Any)
         tokenizer,
         model.config.labels,
         aggregation_strategy=config.aggregation_strategy,
-        min_score=config.min_score,
+        min_score=config.min_score or 0.0,
         window_tokens=config.window_tokens,
         overlap_tokens=config.overlap_tokens,
     )

@@ -31,7 +31,8 @@ class JobConfig:
         output_format: One output file for each unit of work, in this format.
         aggregation_strategy: How token labels become entities: none gives tokens; simple groups
             neighbours of one kind; first, average and max first give each word one label.
-        min_score: Leave out entities that score lower (0 to 1).
+        min_score: Leave out entities that score lower (0 to 1). Default: what the model's
+            config.json recommends (task_specific_params.ner.min_score), else 0.
         window_tokens: Longest model input, special tokens included; longer texts are read in
             overlapping windows.
         overlap_tokens: Tokens that neighbouring windows share (the doc_stride of Hugging Face's
@@ -61,7 +62,7 @@ class JobConfig:
     input_format: Literal["auto", "parquet", "jsonl"] = "auto"
     output_format: Literal["parquet", "jsonl"] = "parquet"
     aggregation_strategy: Literal["none", "simple", "first", "average", "max"] = "simple"
-    min_score: float = PredictorConfig.min_score
+    min_score: float | None = None
     window_tokens: int = PredictorConfig.window_tokens
     overlap_tokens: int = PredictorConfig.overlap_tokens
     max_batch_tokens: int | None = None

@@ -1,3 +1,5 @@
+import json
+import shutil
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -469,3 +471,26 @@ def test_pipeline_of_an_unknown_task():
 def test_pipeline_with_an_unknown_option(ner_model_dir):
     with pytest.raises(TypeError, match="agregation"):
         public_pipeline("ner", str(ner_model_dir), agregation="simple")
+
+
+def test_min_score_defaults_to_what_the_model_recommends(tmp_path, ner_model_dir):
+    folder = tmp_path / "model"
+    shutil.copytree(ner_model_dir, folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    record = [Record("0", "Anna Nowak lives in Berlin. " * 20)]
+
+    def scores(**options):
+        (outcome,) = Predictor.load(PredictorConfig(model=str(folder), **options)).predict(record)
+        return [entity.score for entity in outcome.value]
+
+    every = scores()
+    threshold = sorted(every)[len(every) // 2]
+    config["task_specific_params"] = {"ner": {"min_score": threshold}}
+    path.write_text(json.dumps(config))
+    assert scores() == [score for score in every if score >= threshold]
+    assert scores(min_score=0.0) == every
+    config["task_specific_params"] = {"ner": {"min_score": "high"}}
+    path.write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"min_score in config.json must be from 0 to 1"):
+        scores()
