@@ -69,16 +69,37 @@ class PieceTable:
 
     def _clear(self) -> None:
         self._index_of: dict[str, int] = {}
+        self._index_of_id = np.zeros(0, dtype=np.int64)
         empty = np.zeros(0, dtype=np.int64)
         self.n_chars = self.n_tokens = self.first = empty
         self.is_underline = self.opens_word = np.zeros(0, dtype=bool)
         self.ids = self.starts = self.ends = empty
 
+    def make_room(self) -> None:
+        """Forgets all pieces once there are too many; indices given before mean nothing then."""
+        if len(self._index_of) > MAX_REMEMBERED_PIECES:
+            self._clear()
+
+    def indices_of_ids(self, ids: IntArray, piece_of: Callable[[list[int]], list[str]]) -> IntArray:
+        """The index of each piece by its SentencePiece id.
+
+        Args:
+            piece_of: gives the pieces of ids that haven't been seen yet.
+        """
+        size = int(ids.max(initial=-1)) + 1
+        if size > len(self._index_of_id):
+            unseen = np.full(size - len(self._index_of_id), -1, dtype=np.int64)
+            self._index_of_id = np.append(self._index_of_id, unseen)
+        index: IntArray = self._index_of_id[ids]
+        new = np.unique(ids[index < 0])
+        if len(new):
+            self._index_of_id[new] = self.indices(piece_of(new.tolist()))
+            index = self._index_of_id[ids]
+        return index
+
     def indices(self, pieces: Iterable[str]) -> IntArray:
         """The index of each piece; new ones are split and added first."""
         pieces = list(pieces)
-        if len(self._index_of) > MAX_REMEMBERED_PIECES:
-            self._clear()
         new = list(dict.fromkeys(p for p in pieces if p not in self._index_of))
         if new:
             self._add(new)

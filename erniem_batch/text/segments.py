@@ -58,6 +58,11 @@ class Tokens(NamedTuple):
         return Tokens(ids, starts, ends, _splits(lengths))
 
 
+def has_surrogates(text: str) -> bool:
+    """Whether there is a lone surrogate in the text."""
+    return not text.isascii() and _SURROGATES.search(text) is not None
+
+
 def replace_surrogates(text: str) -> str:
     """Lone surrogates, which no encoding can write, turned one for one into U+FFFD."""
     return _SURROGATES.sub("\ufffd", text)
@@ -91,6 +96,8 @@ class SegmentEncoder:
         self._drop_underlines = drop_underlines
         self._literal = literal
         self._options = {"num_threads": num_threads, **sampling}
+        self._is_sampling = bool(sampling.get("enable_sampling"))
+        self._unknown_id = processor.unk_id()
         self._vanishes = lru_cache(maxsize=65536)(self._vanishes_uncached)
 
     def encode(self, texts: Sequence[str], lower: bool = False, offsets: bool = True) -> Tokens:
@@ -105,10 +112,7 @@ class SegmentEncoder:
             return self._encode(texts, fed, offsets)
 
     def _encode(self, texts: Sequence[str], fed: Sequence[str], offsets: bool) -> Tokens:
-        pieces = self._processor.encode(list(fed), return_type=str, **self._options)
-        n_pieces = np.fromiter(map(len, pieces), np.int64, len(pieces))
-        index = self._table.indices(chain.from_iterable(pieces))
-        piece_splits = _splits(n_pieces)
+        index, piece_splits = self._pieces(list(fed))
         counts = self._table.n_tokens[index]
         counts[self._dropped(index, piece_splits)] = 0
 
@@ -131,12 +135,37 @@ class SegmentEncoder:
         )
         return Tokens(ids, starts, ends, splits)
 
+    def _pieces(self, fed: list[str]) -> tuple[IntArray, IntArray]:
+        """Pieces of all texts by their index in the table, and where those of each text begin."""
+        self._table.make_room()
+        if self._is_sampling:  # two calls would draw two different cuts
+            pieces = self._processor.encode(fed, return_type=str, **self._options)
+            index = self._table.indices(chain.from_iterable(pieces))
+            return index, _splits(np.fromiter(map(len, pieces), np.int64, len(pieces)))
+        rows = self._processor.encode(fed, **self._options)
+        splits = _splits(np.fromiter(map(len, rows), np.int64, len(rows)))
+        ids = np.fromiter(chain.from_iterable(rows), np.int64, int(splits[-1]))
+        index = self._table.indices_of_ids(ids, self._processor.id_to_piece)
+        # Unknown pieces share one id: their rows are cut once more, into strings.
+        unknown = np.flatnonzero(ids == self._unknown_id)
+        if len(unknown):
+            row_of = np.searchsorted(splits, unknown, side="right") - 1
+            rows_again = np.unique(row_of).tolist()
+            pieces = self._processor.encode(
+                [fed[row] for row in rows_again], return_type=str, **self._options
+            )
+            of_row = dict(zip(rows_again, pieces, strict=True))
+            places = zip(row_of.tolist(), (unknown - splits[row_of]).tolist(), strict=True)
+            index[unknown] = self._table.indices([of_row[row][place] for row, place in places])
+        return index, splits
+
     def tokens(self, text: str, lower: bool) -> list[str]:
         """Token strings of one text, unknown ones as they stand in the normalised text."""
         pieces = self._processor.encode(
             self._lower(text) if lower else text, return_type=str, **self._options
         )
         with self._table_lock:
+            self._table.make_room()
             index = self._table.indices(pieces)
             dropped = self._dropped(index, np.array([0, len(index)]))
         return [

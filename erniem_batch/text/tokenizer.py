@@ -7,6 +7,7 @@ offsets, which the reference cannot give, are always exact.
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,8 +15,13 @@ import numpy as np
 import sentencepiece
 
 from erniem_batch.errors import CheckpointError, ConfigError
-from erniem_batch.text.pieces import UNDERLINE, PieceTable
-from erniem_batch.text.segments import SegmentEncoder, Tokens, replace_surrogates
+from erniem_batch.text.pieces import UNDERLINE, IntArray, PieceTable
+from erniem_batch.text.segments import (
+    SegmentEncoder,
+    Tokens,
+    has_surrogates,
+    replace_surrogates,
+)
 
 SENTENCEPIECE_FILE = "sentencepiece.bpe.model"
 VOCAB_FILE = "vocab.txt"
@@ -283,14 +289,18 @@ class ErnieMTokenizer:
         """
         if isinstance(texts, str):
             raise TypeError("texts must be a sequence of strings, got one string")
-        for i, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise TypeError(f"text {i} must be a string, got {type(text).__name__}")
-        texts = [text if text.isascii() else replace_surrogates(text) for text in texts]
-        with_literals = [i for i, text in enumerate(texts) if self._may_split(text)]
-        if not with_literals:
-            return self._segments.encode(texts, self.do_lower_case, offsets)
-        return self._encode_with_literals(texts, set(with_literals), offsets)
+        if not set(map(type, texts)) <= {str}:
+            for i, text in enumerate(texts):
+                if not isinstance(text, str):
+                    raise TypeError(f"text {i} must be a string, got {type(text).__name__}")
+        # One look at all of them: very few texts hold anything of the two.
+        joined = "\n".join(texts)
+        if has_surrogates(joined):
+            texts = [replace_surrogates(text) for text in texts]
+        if self._may_split(joined):
+            with_literals = {i for i, text in enumerate(texts) if self._may_split(text)}
+            return self._encode_with_literals(texts, with_literals, offsets)
+        return self._segments.encode(texts, self.do_lower_case, offsets)
 
     def _may_split(self, text: str) -> bool:
         return not self.split_special_tokens and self._literal.search(text) is not None
@@ -383,22 +393,13 @@ class ErnieMTokenizer:
         how_to_pad = _choice("padding", padding, PADDINGS)
         limit = self.model_max_length if max_length is None else max_length
         first = self.encode_batch(texts, offsets=return_offsets_mapping)
-        second = (
-            None
-            if pairs is None
-            else self.encode_batch(list(pairs), offsets=return_offsets_mapping)
-        )
-
-        rows = []
-        for i in range(len(texts)):
-            a, b = first.of(i), None if second is None else second.of(i)
-            if how_to_cut != "do_not_truncate":
-                n_special = (
-                    self.num_special_tokens_to_add(b is not None) if add_special_tokens else 0
-                )
-                excess = len(a.ids) + (0 if b is None else len(b.ids)) + n_special - limit
-                a, b = self._truncate(a, b, excess, how_to_cut, limit)
-            rows.append(self._row(a, b, add_special_tokens))
+        second = None
+        if pairs is not None:
+            second = self.encode_batch(list(pairs), offsets=return_offsets_mapping)
+        n_special = self.num_special_tokens_to_add(second is not None) if add_special_tokens else 0
+        kept = _Kept(first.splits, None if second is None else second.splits)
+        if how_to_cut != "do_not_truncate":
+            kept.truncate(limit, n_special, how_to_cut, self.truncation_side)
         asked = {
             "input_ids": True,
             "token_type_ids": return_token_type_ids,
@@ -406,20 +407,14 @@ class ErnieMTokenizer:
             "special_tokens_mask": return_special_tokens_mask,
             "offset_mapping": return_offsets_mapping,
         }
+        columns = self._columns(kept, first, second, add_special_tokens, asked)
         if how_to_pad != "do_not_pad":
-            self._pad(rows, limit if how_to_pad == "max_length" else None, pad_to_multiple_of)
-        columns = {name: [row[name] for row in rows] for name, wanted in asked.items() if wanted}
+            width = limit if how_to_pad == "max_length" else None
+            self._pad(columns, width, pad_to_multiple_of)
         encoding = Encoding(_to_tensors(columns, return_tensors))
         if single and return_tensors is None:
             encoding = Encoding({name: values[0] for name, values in columns.items()})
-        encoding.replaced_surrogates = [
-            sum("\ud800" <= char <= "\udfff" for char in "".join(group))
-            if not "".join(group).isascii()
-            else 0
-            for group in (
-                zip(texts, strict=True) if pairs is None else zip(texts, pairs, strict=True)
-            )
-        ]
+        encoding.replaced_surrogates = count_surrogates(texts, pairs)
         return encoding
 
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
@@ -461,68 +456,71 @@ class ErnieMTokenizer:
             return [0] * (len(token_ids_0) + 2)
         return [0] * (len(token_ids_0) + 1) + [1] * (len(token_ids_1) + 3)
 
-    def _truncate(
-        self, a: Tokens, b: Tokens | None, excess: int, how: str, limit: int
-    ) -> tuple[Tokens, Tokens | None]:
-        if excess <= 0:
-            return a, b
-        n_a, n_b = len(a.ids), 0 if b is None else len(b.ids)
-        if how == "only_second" and b is not None:
-            keep_a, keep_b = n_a, n_b - excess
-        elif how == "only_first" or b is None:
-            keep_a, keep_b = n_a - excess, n_b
-        else:
-            keep_a, keep_b = longest_first(n_a, n_b, excess)
-        # PARITY: the reference logs an error here and returns a sequence that is too long.
-        if (
-            (how == "only_second" and b is None)
-            or keep_a < (0 if how == "longest_first" and b is not None else 1)
-            or (b is not None and how == "only_second" and keep_b < 1)
-            or keep_b < 0
-        ):
-            raise ValueError(
-                f"truncation={how!r} cannot cut {n_a} + {n_b} tokens to max_length={limit}: "
-                f"raise max_length or use truncation='longest_first'"
-            )
-        return self._cut(a, keep_a), None if b is None else self._cut(b, keep_b)
-
-    def _cut(self, tokens: Tokens, keep: int) -> Tokens:
-        kept = (
-            slice(None, keep)
-            if self.truncation_side == "right"
-            else slice(len(tokens.ids) - keep, None)
-        )
-        return Tokens(tokens.ids[kept], tokens.starts[kept], tokens.ends[kept], np.array([0, keep]))
-
-    def _row(self, a: Tokens, b: Tokens | None, add_special_tokens: bool) -> dict[str, list[Any]]:
-        ids_a, ids_b = a.ids.tolist(), None if b is None else b.ids.tolist()
-        offsets_a = list(zip(a.starts.tolist(), a.ends.tolist(), strict=True))
-        offsets_b = [] if b is None else list(zip(b.starts.tolist(), b.ends.tolist(), strict=True))
+    def _columns(
+        self,
+        kept: "_Kept",
+        first: Tokens,
+        second: Tokens | None,
+        add_special_tokens: bool,
+        asked: Mapping[str, bool],
+    ) -> dict[str, list[list[Any]]]:
+        """What was asked for, row by row, special tokens put in."""
+        if second is None and add_special_tokens and not kept.is_cut:
+            only = {"input_ids", "offset_mapping"}
+            if not any(wanted for name, wanted in asked.items() if name not in only):
+                return self._common_columns(first, asked["offset_mapping"])
+        ids_a, ids_b = first.ids.tolist(), [] if second is None else second.ids.tolist()
+        a = [ids_a[low:high] for low, high in kept.first]
+        b: list[Any] = [None] * len(a)
+        if kept.second is not None:
+            b = [ids_b[low:high] for low, high in kept.second]
+        pairs = list(zip(a, b, strict=True))
+        columns: dict[str, list[list[Any]]] = {}
         if add_special_tokens:
-            ids = self.build_inputs_with_special_tokens(ids_a, ids_b)
-            special = self.get_special_tokens_mask(ids_a, ids_b)
-            types = self.create_token_type_ids_from_sequences(ids_a, ids_b)
-            none = [(0, 0)]
-            offsets = none + offsets_a + none + ([] if b is None else none + offsets_b + none)
+            columns["input_ids"] = [self.build_inputs_with_special_tokens(*pair) for pair in pairs]
         else:
-            ids = ids_a + (ids_b or [])
-            special = [0] * len(ids)
-            types = [0] * len(ids_a) + [1] * len(ids_b or [])
-            offsets = offsets_a + offsets_b
-        return {
-            "input_ids": ids,
-            "token_type_ids": types,
-            "attention_mask": [1] * len(ids),
-            "special_tokens_mask": special,
-            "offset_mapping": offsets,
-        }
+            columns["input_ids"] = [x + (y or []) for x, y in pairs]
+        lengths = [len(ids) for ids in columns["input_ids"]]
+        if asked["token_type_ids"]:
+            columns["token_type_ids"] = [
+                self.create_token_type_ids_from_sequences(x, y)
+                if add_special_tokens
+                else [0] * len(x) + [1] * len(y or [])
+                for x, y in pairs
+            ]
+        if asked["attention_mask"]:
+            columns["attention_mask"] = [[1] * length for length in lengths]
+        if asked["special_tokens_mask"]:
+            columns["special_tokens_mask"] = [
+                self.get_special_tokens_mask(x, y) if add_special_tokens else [0] * length
+                for (x, y), length in zip(pairs, lengths, strict=True)
+            ]
+        if asked["offset_mapping"]:
+            columns["offset_mapping"] = _offset_rows(kept, first, second, add_special_tokens)
+        return columns
+
+    def _common_columns(self, tokens: Tokens, offsets: bool) -> dict[str, list[list[Any]]]:
+        """`_columns` for what is asked for most, with special tokens put in by array."""
+        n_rows = len(tokens.splits) - 1
+        row_of = np.repeat(np.arange(n_rows), np.diff(tokens.splits))
+        place = np.arange(len(row_of)) + 2 * row_of + 1
+        splits = tokens.splits + 2 * np.arange(n_rows + 1)
+        ids = np.full(int(splits[-1]), self.sep_token_id)
+        ids[splits[:-1]] = self.cls_token_id
+        ids[place] = tokens.ids
+        ranges, flat = _ranges(splits), ids.tolist()
+        columns = {"input_ids": [flat[low:high] for low, high in ranges]}
+        if offsets:
+            bounds = np.zeros((2, len(ids)), dtype=np.int64)
+            bounds[:, place] = tokens.starts, tokens.ends
+            pairs = list(zip(*bounds.tolist(), strict=True))
+            columns["offset_mapping"] = [pairs[low:high] for low, high in ranges]
+        return columns
 
     def _pad(
-        self, rows: list[dict[str, list[Any]]], length: int | None, multiple: int | None
+        self, columns: dict[str, list[list[Any]]], length: int | None, multiple: int | None
     ) -> None:
-        target = (
-            length if length is not None else max((len(r["input_ids"]) for r in rows), default=0)
-        )
+        target = max(map(len, columns["input_ids"]), default=0) if length is None else length
         if multiple:
             target = -(-target // multiple) * multiple
         filler = {
@@ -532,13 +530,10 @@ class ErnieMTokenizer:
             "special_tokens_mask": 1,
             "offset_mapping": (0, 0),
         }
-        for row in rows:
-            n_missing = target - len(row["input_ids"])
-            for name, value in filler.items():
-                padding = [value] * n_missing
-                row[name] = (
-                    row[name] + padding if self.padding_side == "right" else padding + row[name]
-                )
+        for name, rows in columns.items():
+            for i, row in enumerate(rows):
+                padding = [filler[name]] * (target - len(row))
+                rows[i] = row + padding if self.padding_side == "right" else padding + row
 
     # ---- tokens to text -----------------------------------------------------------------------
 
@@ -569,6 +564,89 @@ class ErnieMTokenizer:
     def convert_tokens_to_string(self, tokens: Iterable[str]) -> str:
         """Tokens joined, "▁" read as a space."""
         return "".join(tokens).replace(UNDERLINE, " ").strip()
+
+
+class _Kept:
+    """Which tokens of each text, and of each pair, stay after truncation.
+
+    Attributes:
+        first, second: (low, high) in the flat arrays of all texts, of all pairs.
+    """
+
+    def __init__(self, first: IntArray, second: IntArray | None) -> None:
+        self.first = _ranges(first)
+        self.second = None if second is None else _ranges(second)
+        self.is_cut = False
+
+    def truncate(self, max_length: int, n_special: int, how: str, side: str) -> None:
+        """Cuts every row to `max_length` tokens, `n_special` special ones among them.
+
+        Raises:
+            ValueError: a row cannot be cut this way.
+        """
+        for i, (low, high) in enumerate(self.first):
+            n_a = high - low
+            n_b = 0 if self.second is None else self.second[i][1] - self.second[i][0]
+            excess = n_a + n_b + n_special - max_length
+            if excess <= 0:
+                continue
+            left = _lengths_left(n_a, None if self.second is None else n_b, excess, how)
+            if left is None:
+                # PARITY: the reference logs an error and returns a sequence that is too long.
+                raise ValueError(
+                    f"truncation={how!r} cannot cut {n_a} + {n_b} tokens to max_length="
+                    f"{max_length}: raise max_length or use truncation='longest_first'"
+                )
+            self.is_cut = True
+            keep_a, keep_b = left
+            self.first[i] = _cut(self.first[i], keep_a, side)
+            if self.second is not None:
+                self.second[i] = _cut(self.second[i], keep_b, side)
+
+
+def _ranges(splits: IntArray) -> list[tuple[int, int]]:
+    return list(pairwise(splits.tolist()))
+
+
+def _cut(part: tuple[int, int], keep: int, side: str) -> tuple[int, int]:
+    low, high = part
+    return (low, low + keep) if side == "right" else (high - keep, high)
+
+
+def _lengths_left(n_a: int, n_b: int | None, excess: int, how: str) -> tuple[int, int] | None:
+    """Lengths of text and pair after cutting; None if they cannot be cut this way."""
+    if n_b is not None and how == "longest_first":
+        keep_a, keep_b = longest_first(n_a, n_b, excess)
+        fits = keep_a >= 0 and keep_b >= 0
+    elif how == "only_second":
+        keep_a, keep_b = n_a, (n_b or 0) - excess
+        fits = keep_b >= 1
+    else:
+        keep_a, keep_b = n_a - excess, n_b or 0
+        fits = keep_a >= 1
+    return (keep_a, keep_b) if fits else None
+
+
+def _offset_rows(
+    kept: _Kept, first: Tokens, second: Tokens | None, add_special_tokens: bool
+) -> list[list[tuple[int, int]]]:
+    """Offsets of each row; (0, 0) for special tokens."""
+    none = [(0, 0)] if add_special_tokens else []
+    pairs_a = list(zip(first.starts.tolist(), first.ends.tolist(), strict=True))
+    rows = [[*none, *pairs_a[low:high], *none] for low, high in kept.first]
+    if second is not None and kept.second is not None:
+        pairs_b = list(zip(second.starts.tolist(), second.ends.tolist(), strict=True))
+        for row, (low, high) in zip(rows, kept.second, strict=True):
+            row += [*none, *pairs_b[low:high], *none]
+    return rows
+
+
+def count_surrogates(texts: Sequence[str], pairs: Sequence[str] | None) -> list[int]:
+    """For each text, with its pair, how many lone surrogates it holds."""
+    groups = list(texts) if pairs is None else [a + b for a, b in zip(texts, pairs, strict=True)]
+    if not has_surrogates("".join(groups)):
+        return [0] * len(groups)
+    return [sum("\ud800" <= char <= "\udfff" for char in group) for group in groups]
 
 
 def longest_first(n_a: int, n_b: int, excess: int) -> tuple[int, int]:
