@@ -22,7 +22,8 @@ class PredictorConfig:
     """One model for one task.
 
     Args:
-        model: a model folder, or `demo` for the one that comes with the package.
+        model: a model folder; its URL (s3, gs, az); org/name of the Hugging Face hub; or `demo`
+            for the one that comes with the package.
         task: which task of `erniem_batch.tasks` to run.
         aggregation_strategy: how token labels become entities.
         min_score: entities that score lower are left out; None: what the model's config.json
@@ -78,17 +79,20 @@ class PredictorConfig:
         if self.n_threads is not None and self.n_threads < 1:
             raise ConfigError(f"n_threads must be at least 1, got {self.n_threads}")
 
+    def token_budget(self, device_type: str) -> int:
+        """`max_batch_tokens`, or its default on a device; a window always fits."""
+        default = DEFAULT_BATCH_TOKENS.get(device_type, DEFAULT_BATCH_TOKENS["cpu"])
+        return self.max_batch_tokens or max(default, self.window_tokens)
+
     @property
     def model_folder(self) -> Path:
-        """Where the model is.
+        """Where the model is on this machine; fetched first if it is elsewhere.
 
         Raises:
-            ConfigError: there is no such folder.
+            ConfigError: there is no such model.
+            StorageError: it cannot be fetched in full.
         """
-        folder = DEMO_MODEL if self.model == DEMO else Path(self.model).expanduser()
-        if not folder.is_dir():
-            raise ConfigError(
-                f"model={self.model!r} is not a folder: give the path of a model folder of "
-                f"transformers or PaddleNLP, or {DEMO!r}"
-            )
-        return folder
+        # Later than at the top: `fetch` takes the demo's place from here.
+        from erniem_batch.model.fetch import local_folder
+
+        return local_folder(self.model)

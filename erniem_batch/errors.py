@@ -4,6 +4,9 @@ ErnieMBatchError
 ├── ConfigError        a run or a model cannot start; the message names the field and the remedy
 ├── CheckpointError    a model folder is incomplete, damaged or of another shape
 ├── RecordError        one record is unusable; becomes a Failure, never stops a job
+├── DeviceError        the device can no longer be used; the process must end
+├── StorageError       files cannot be listed, read or written; what was tried and why it failed
+│   └── Conflict       somebody else changed a control file first
 └── JobError           a batch job cannot go on
 
 No message ever holds document text: ids, lengths, positions and type names only.
@@ -26,5 +29,17 @@ class RecordError(ErnieMBatchError):
     """One record cannot be processed."""
 
 
+class DeviceError(ErnieMBatchError):
+    """The device can no longer be used; the process must end."""
+
+
 class JobError(ErnieMBatchError):
     """A batch job cannot start or cannot go on."""
+
+
+class StorageError(ErnieMBatchError):
+    """Files cannot be listed, read or written, after all retries."""
+
+
+class Conflict(StorageError):
+    """A control file was changed by somebody else first."""

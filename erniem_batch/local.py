@@ -54,7 +54,7 @@ def pipeline(task: str, model: str = DEMO, **options: Any) -> NerPipeline:
 
     Args:
         task: "ner" or "token-classification".
-        model: a model folder, or "demo".
+        model: a model folder, its URL, org/name on the Hugging Face Hub, or "demo".
         options: see PredictorConfig: aggregation_strategy, min_score, device, dtype, …
 
     Example:

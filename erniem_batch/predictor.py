@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from erniem_batch.batching import plan_batches
-from erniem_batch.config import DEFAULT_BATCH_TOKENS, PredictorConfig
-from erniem_batch.errors import ConfigError, RecordError
+from erniem_batch.config import PredictorConfig
+from erniem_batch.errors import ConfigError, DeviceError, RecordError
+from erniem_batch.isolation import run_isolated
 from erniem_batch.model.checkpoint import PreTrainedModel
 from erniem_batch.model.config import ErnieMConfig
 from erniem_batch.model.heads import ErnieMForTokenClassification
@@ -37,8 +38,10 @@ from erniem_batch.text.tokenizer import ErnieMTokenizer
 
 logger = logging.getLogger(__name__)
 
+MAX_REASON_CHARS = 300
 
-def _min_score(config: PredictorConfig, model_config: ErnieMConfig) -> float:
+
+def min_score_of(config: PredictorConfig, model_config: ErnieMConfig) -> float:
     """The threshold asked for, else the one that was found best for the model."""
     if config.min_score is not None:
         return config.min_score
@@ -50,6 +53,24 @@ def _min_score(config: PredictorConfig, model_config: ErnieMConfig) -> float:
             f"got {value!r}"
         )
     return float(value)
+
+
+def make_task(
+    config: PredictorConfig, tokenizer: ErnieMTokenizer, model_config: ErnieMConfig
+) -> Task:
+    """The task of a config, for the labels of a model.
+
+    Raises:
+        ConfigError: the model's labels or its recommended settings do not fit the task.
+    """
+    return NerTask(
+        tokenizer,
+        model_config.labels,
+        aggregation_strategy=config.aggregation_strategy,
+        min_score=min_score_of(config, model_config),
+        window_tokens=config.window_tokens,
+        overlap_tokens=config.overlap_tokens,
+    )
 
 
 def usable_device(name: str | None) -> torch.device:
@@ -88,10 +109,7 @@ class Predictor:
         self.model = model.to(self.device).eval()
         self.task = task
         self.counters = Counters()
-        self.max_batch_tokens = config.max_batch_tokens or max(
-            DEFAULT_BATCH_TOKENS.get(self.device.type, DEFAULT_BATCH_TOKENS["cpu"]),
-            config.window_tokens,
-        )
+        self.max_batch_tokens = config.token_budget(self.device.type)
         self._counting = Lock()
         self._forward_thread = ThreadPoolExecutor(1, "forward", self._set_threads)
 
@@ -116,15 +134,7 @@ class Predictor:
                 f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only "
                 f"{model.config.vocab_size}: they do not belong together"
             )
-        task = NerTask(
-            tokenizer,
-            model.config.labels,
-            aggregation_strategy=config.aggregation_strategy,
-            min_score=_min_score(config, model.config),
-            window_tokens=config.window_tokens,
-            overlap_tokens=config.overlap_tokens,
-        )
-        return cls(config, tokenizer, model, task)
+        return cls(config, tokenizer, model, make_task(config, tokenizer, model.config))
 
     def predict(self, records: Sequence[Record]) -> list[Outcome]:
         """One outcome for each record, in the same order. A bad record never harms another."""
@@ -157,7 +167,11 @@ class Predictor:
     def forward(self, windows: Sequence[Window]) -> list[FloatArray | Failure]:
         """The model's rows for each window, padding cut off: (tokens, columns), float32.
 
-        A window that the model cannot process gives a Failure instead.
+        A window that the model cannot process gives a Failure instead. When memory runs out,
+        batches become smaller from here on.
+
+        Raises:
+            DeviceError: the device can no longer be used.
         """
         return self._forward_thread.submit(self._forward_all, windows).result()
 
@@ -182,42 +196,70 @@ class Predictor:
             torch.set_num_threads(self.config.n_threads)
 
     def _forward_all(self, windows: Sequence[Window]) -> list[FloatArray | Failure]:
-        outputs: list[FloatArray | Failure] = [np.zeros((0, 0), np.float32)] * len(windows)
+        outputs: dict[int, FloatArray | Failure] = {}
         with self._timed("forward"):
-            widths = [self._width(len(window.ids)) for window in windows]
-            for batch in plan_batches(widths, self.max_batch_tokens):
-                results = self._forward_batch([windows[i] for i in batch])
-                for i, result in zip(batch, results, strict=True):
-                    outputs[i] = result
-        return outputs
+            while not self._forward_rest(windows, outputs):
+                self._halve_batches()
+        return [outputs[i] for i in range(len(windows))]
+
+    def _forward_rest(
+        self, windows: Sequence[Window], outputs: dict[int, FloatArray | Failure]
+    ) -> bool:
+        """Adds the outputs that are missing; False if memory ran out before the last of them."""
+        rest = [i for i in range(len(windows)) if i not in outputs]
+        widths = [self._width(len(windows[i].ids)) for i in rest]
+        for batch in plan_batches(widths, self.max_batch_tokens):
+            places = [rest[i] for i in batch]
+            try:
+                results = run_isolated([windows[i] for i in places], self._attempt, _failure)
+            except _BatchTooLarge:
+                return False
+            outputs.update(zip(places, results, strict=True))
+        return True
+
+    def _halve_batches(self) -> None:
+        # Called when the error and its traceback are gone, which keep tensors of the failed pass.
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        # Still holds the longest window of the batch that did not fit: it had two or more.
+        before, self.max_batch_tokens = self.max_batch_tokens, self.max_batch_tokens // 2
+        with self._counting:
+            self.counters.oom_halvings += 1
+        logger.warning(
+            "out of memory, batches halved max_batch_tokens=%d before=%d",
+            self.max_batch_tokens,
+            before,
+        )
 
     def _width(self, longest: int) -> int:
         """Tokens of a row of a batch; always the same where the model reads its padding too."""
         padded = self.model.config.mask_mode == "paddle_padded"
         return self.config.window_tokens if padded else longest
 
-    def _forward_batch(self, windows: Sequence[Window]) -> list[FloatArray | Failure]:
-        """One forward pass; on an error halves, so that at last only the guilty window fails."""
+    def _attempt(self, windows: Sequence[Window]) -> list[FloatArray | Failure]:
+        """One forward pass; its errors sorted by what can be done about them.
+
+        Raises:
+            _BatchTooLarge: memory ran out, and fewer windows may fit.
+            DeviceError: the device can no longer be used.
+            RuntimeError: it may be the fault of one of the windows.
+        """
         try:
-            return list(self._run(windows))
+            return self._run(windows)
         except RuntimeError as error:
-            out_of_memory = isinstance(error, torch.OutOfMemoryError)
-            if self.device.type == "cuda" and not out_of_memory:
-                raise  # the device may be unusable from here on: let the process end
-            if len(windows) == 1:
-                return [Failure("", "forward", type(error).__name__, str(error).split("\n")[0])]
+            if _is_out_of_memory(error):
+                if len(windows) > 1:
+                    raise _BatchTooLarge from error
+            elif self.device.type == "cuda":
+                # After most CUDA errors every later call fails too, whatever it computes.
+                raise DeviceError(f"{self.device}: {_reason(error)}") from error
             logger.warning(
-                "forward pass failed, halving windows=%d error=%s",
-                len(windows),
-                type(error).__name__,
+                "forward pass failed windows=%d error=%s", len(windows), type(error).__name__
             )
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        middle = len(windows) // 2
-        return self._forward_batch(windows[:middle]) + self._forward_batch(windows[middle:])
+            raise
 
     @torch.inference_mode()
-    def _run(self, windows: Sequence[Window]) -> Iterator[FloatArray]:
+    def _run(self, windows: Sequence[Window]) -> list[FloatArray | Failure]:
         lengths = [len(window.ids) for window in windows]
         shape = (len(windows), self._width(max(lengths)))
         ids_BL = np.full(shape, self.tokenizer.pad_token_id, dtype=np.int64)
@@ -228,7 +270,7 @@ class Predictor:
             self.counters.padded_tokens += ids_BL.size
             self.counters.real_tokens += sum(lengths)
         rows_BLC = logits_BLC.float().cpu().numpy()
-        return iter([rows[:length] for rows, length in zip(rows_BLC, lengths, strict=True)])
+        return [rows[:length] for rows, length in zip(rows_BLC, lengths, strict=True)]
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -238,3 +280,27 @@ class Predictor:
         finally:
             with self._counting:
                 self.counters.seconds[phase] += time.perf_counter() - started
+
+
+# ---- errors of the forward pass ----------------------------------------------------------------
+
+
+class _BatchTooLarge(Exception):
+    """The device has no memory for a batch of several windows."""
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # For the memory of the CPU torch has no class of its own, only these words.
+    words = ("DefaultCPUAllocator", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def _failure(error: RuntimeError) -> Failure:
+    """Of one window; the record's id is not known here."""
+    name = "OutOfMemoryError" if _is_out_of_memory(error) else type(error).__name__
+    return Failure("", "forward", name, _reason(error))
+
+
+def _reason(error: RuntimeError) -> str:
+    """What torch says of shapes, kernels and sizes, which is in the first line."""
+    return str(error).strip().partition("\n")[0][:MAX_REASON_CHARS]

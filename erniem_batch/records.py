@@ -114,13 +114,19 @@ Outcome = Prediction | Failure
 
 @dataclass(slots=True)
 class Counters:
-    """What a predictor has done so far; seconds are of wall time in each phase."""
+    """What a predictor has done so far.
+
+    Attributes:
+        oom_halvings: how often batches were made smaller because memory ran out.
+        seconds: wall time in each phase.
+    """
 
     records: int = 0
     tokens: int = 0
     windows: int = 0
     padded_tokens: int = 0
     real_tokens: int = 0
+    oom_halvings: int = 0
     seconds: dict[str, float] = field(
         default_factory=lambda: {"encode": 0.0, "forward": 0.0, "decode": 0.0}
     )

@@ -15,11 +15,15 @@ from torch import Tensor, nn
 
 from erniem_batch import ErnieMConfig, ErnieMForTokenClassification, ErnieMTokenizer
 from erniem_batch.config import PredictorConfig
-from erniem_batch.job.actor import Receipt, UnitTagger
+from erniem_batch.job.actor import Assignment, Receipt, UnitTagger
+from erniem_batch.job.attempts import Attempt
+from erniem_batch.job.config import JobConfig
+from erniem_batch.job.read import Chunk
 from erniem_batch.job.units import Unit
+from erniem_batch.model.fetch import model_digest
 from erniem_batch.model.outputs import LogitsOutput
-from erniem_batch.predictor import Predictor
-from erniem_batch.tasks.ner import NerTask
+from erniem_batch.predictor import Predictor, make_task
+from erniem_batch.records import Failure, Outcome, Record
 
 LABELS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 
@@ -68,34 +72,88 @@ class LookupModel(nn.Module):
 
 
 class RaisingTagger(UnitTagger):
-    """Works until it meets the unit "b"."""
+    """Works until it meets the unit "b": a fault of ours, which tells of nothing but its place."""
+
+    def _tag_chunk(self, chunk: Chunk, tally: Any, attempt: Attempt) -> pa.Table:
+        if self.unit_output == "b":
+            raise LookupError(f"nobody expects this: {chunk.texts}")
+        return super()._tag_chunk(chunk, tally, attempt)
 
     def tag(self, unit: Unit) -> Receipt:
-        if unit.output == "b":
-            raise LookupError("nobody expects this")
+        self.unit_output = unit.output
         return super().tag(unit)
+
+
+KILLER = "the row that kills"
+
+
+class DyingPredictor(Predictor):
+    """Ends its process at one text, as the kernel does when memory runs out."""
+
+    def predict(self, records: Sequence[Record]) -> list[Outcome]:
+        if any(record.text == KILLER for record in records):
+            os._exit(1)
+        return super().predict(records)
 
 
 class DyingTagger(UnitTagger):
-    """The unit "b" ends its process, as the kernel does when memory runs out."""
+    """A tagger whose process dies at one text."""
 
-    def tag(self, unit: Unit) -> Receipt:
-        if unit.output == "b":
-            os._exit(1)
-        return super().tag(unit)
+    def load(self, config: PredictorConfig) -> Predictor:
+        return DyingPredictor.load(config)
+
+
+class RefusingPredictor(Predictor):
+    """Fails at one text, as a kernel of torch may."""
+
+    def predict(self, records: Sequence[Record]) -> list[Outcome]:
+        return [
+            Failure(record.id, "forward", "RuntimeError", "no kernel for this")
+            if record.text == KILLER
+            else outcome
+            for record, outcome in zip(records, super().predict(records), strict=True)
+        ]
+
+
+class RefusingTagger(UnitTagger):
+    """A tagger that makes one text a dead letter."""
+
+    def load(self, config: PredictorConfig) -> Predictor:
+        return RefusingPredictor.load(config)
+
+
+class Calls:
+    """Stands for the handle of an actor: notes what is called."""
+
+    def __init__(self) -> None:
+        self.made: list[tuple[str, tuple[Any, ...]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        class Method:
+            remote = staticmethod(lambda *values: self.made.append((name, values)))
+
+        return Method
+
+
+def make_tagger(
+    config: JobConfig, schema: pa.Schema, tagger: type[UnitTagger] = UnitTagger, **changes: Any
+) -> UnitTagger:
+    """A tagger as it is in an actor, whose progress goes nowhere."""
+    values = {
+        "config": config,
+        "schema": schema,
+        "output": str(config.output),
+        "fingerprint": "f1",
+        "model_digest": model_digest(Path(config.model)),
+        "n_threads": 1,
+    }
+    return tagger(Assignment(**{**values, **changes}), Calls())
 
 
 def make_predictor(model: nn.Module, tokenizer: ErnieMTokenizer, **options: Any) -> Predictor:
     """A predictor for a model that no folder holds."""
     config = PredictorConfig(device="cpu", n_threads=1, **options)
-    task = NerTask(
-        tokenizer,
-        model.config.labels,
-        aggregation_strategy=config.aggregation_strategy,
-        min_score=config.min_score or 0.0,
-        window_tokens=config.window_tokens,
-        overlap_tokens=config.overlap_tokens,
-    )
+    task = make_task(config, tokenizer, model.config)
     return Predictor(config, tokenizer, model, task)
 
 

@@ -1,20 +1,36 @@
 """What runs in a Ray actor: a unit in, its output file written, one receipt back."""
 
+import logging
+import os
+import threading
 import time
+import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from erniem_batch import storage
+from erniem_batch.errors import CheckpointError, DeviceError, StorageError
+from erniem_batch.job.attempts import Attempt
 from erniem_batch.job.config import JobConfig
-from erniem_batch.job.read import READ_ERRORS, Chunk, read_unit
+from erniem_batch.job.letters import letters_name, read_letters, write_letters
+from erniem_batch.job.read import BadRow, Chunk, Place, UnitReader
 from erniem_batch.job.units import Unit
-from erniem_batch.job.write import add_predictions, write_dead_letters, write_tables
+from erniem_batch.job.watchdog import Watchdog
+from erniem_batch.job.write import Marks, add_predictions, read_marks, write_tables
+from erniem_batch.model.fetch import local_folder, model_digest
 from erniem_batch.predictor import Predictor
-from erniem_batch.records import Failure, Prediction, Record
+from erniem_batch.records import Failure, Outcome, Prediction, Record
+
+logger = logging.getLogger(__name__)
+
+EXIT_DEVICE = 76
+COUNTS = ("n_rows", "n_ok", "n_dead", "n_entities", "n_tokens", "n_windows", "n_truncated")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +38,12 @@ class Receipt:
     """What became of a unit.
 
     Attributes:
+        output: name of its file in the output folder.
         error: why the whole unit has no output; empty if it has.
         n_rows: rows read: n_ok + n_dead.
+        n_bytes: read from storage.
+        output_bytes: size of the output file.
+        found: whether it was done already.
     """
 
     unit_id: str
@@ -37,11 +57,43 @@ class Receipt:
     n_windows: int = 0
     n_truncated: int = 0
     n_bytes: int = 0
+    output_bytes: int = 0
     seconds: float = 0.0
+    found: bool = False
 
 
-_ARROW_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64()}
+_ARROW_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
 RECEIPT_SCHEMA = pa.schema([(f.name, _ARROW_TYPES[f.type]) for f in fields(Receipt)])  # type: ignore[index]
+
+
+def receipt_of_file(output: str, name: str, unit_id: str, fingerprint: str) -> Receipt | None:
+    """The receipt of a unit whose output file stands already, else None."""
+    marks = read_marks(output, name)
+    info = storage.stat(storage.join(output, name)) if marks is not None else None
+    if marks is None or info is None or (marks.unit, marks.fingerprint) != (unit_id, fingerprint):
+        return None
+    found = Receipt(unit_id, name, output_bytes=info.size, found=True)
+    return replace(found, **marks.counts)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """What all units of a run have in common.
+
+    Attributes:
+        schema: of the carried columns.
+        output: folder.
+        fingerprint: of the settings that decide results.
+        model_digest: of the model folder, the same on every node.
+        n_threads: of a forward pass.
+    """
+
+    config: JobConfig
+    schema: pa.Schema
+    output: str
+    fingerprint: str
+    model_digest: str
+    n_threads: int
 
 
 class UnitTagger:
@@ -49,81 +101,153 @@ class UnitTagger:
     is in the model.
 
     Args:
-        config: of the job.
-        schema: of the carried columns.
-        output: folder.
-        n_threads: of a forward pass.
-        progress: an actor to tell how far we are.
+        assignment: of the run.
+        progress: a Ray actor to tell how far we are.
     """
 
-    def __init__(
-        self, config: JobConfig, schema: pa.Schema, output: str, n_threads: int, progress: Any
-    ) -> None:
-        self._config = config
-        self._schema = schema
-        self._output = Path(output)
+    def __init__(self, assignment: Assignment, progress: Any) -> None:
+        self._run = assignment
         self._progress = progress
         self._name = uuid.uuid4().hex
-        self._predictor = Predictor.load(replace(config.predictor, n_threads=n_threads))
+        config = replace(assignment.config.predictor, n_threads=assignment.n_threads)
+        folder = local_folder(config.model)
+        if (digest := model_digest(folder)) != assignment.model_digest:
+            raise CheckpointError(
+                f"{folder} on this node holds another model than where the run was planned "
+                f"({digest[:12]}, not {assignment.model_digest[:12]}): make them equal"
+            )
+        self._predictor = self.load(replace(config, model=str(folder)))
+        self._rows_read = 0
+        self._turns = _Turns()
+        counters = self._predictor.counters
+        self._watchdog = Watchdog(
+            assignment.config.unit_timeout,
+            lambda: (counters.real_tokens, counters.records, self._rows_read),
+        )
+
+    def load(self, config: Any) -> Predictor:
+        """The predictor of this actor."""
+        return Predictor.load(config)
 
     def __call__(self, units: pa.Table) -> pa.Table:
-        """Receipts of a batch of units (of one, as the job calls it)."""
+        """Receipts of a batch of units."""
         receipts = [asdict(self.tag(Unit.from_row(row))) for row in units.to_pylist()]
         counters = self._predictor.counters
         self._progress.add_padding.remote(self._name, counters.padded_tokens, counters.real_tokens)
         return pa.Table.from_pylist(receipts, RECEIPT_SCHEMA)
 
     def tag(self, unit: Unit) -> Receipt:
-        """Writes the unit's output; a unit that cannot be read gets a receipt that says so."""
-        started = time.perf_counter()
-        tally = _Tally()
-        suffix = "parquet" if self._config.output_format == "parquet" else "jsonl"
-        path = self._output / f"{unit.output}.{suffix}"
+        """Writes the unit's output, unless it is there; if it cannot, the receipt says why."""
+        name = f"{unit.output}.{self._run.config.output_format}"
         try:
-            write_tables(path, self._tables(unit, tally), self._config.output_format)
-        except (*READ_ERRORS, UnicodeError) as error:  # the last: carried bytes that are no text
-            reason = f"{type(error).__name__}: {error}"
-            return Receipt(unit.id, str(path), error=reason, n_bytes=unit.n_bytes)
-        return Receipt(
-            unit_id=unit.id,
-            output=str(path),
-            n_rows=tally.n_ok + len(tally.failures),
-            n_ok=tally.n_ok,
-            n_dead=len(tally.failures),
-            n_entities=tally.n_entities,
-            n_tokens=tally.n_tokens,
-            n_windows=tally.n_windows,
-            n_truncated=tally.n_truncated,
-            n_bytes=unit.n_bytes,
+            done = receipt_of_file(self._run.output, name, unit.id, self._run.fingerprint)
+            if done is not None:
+                return done
+            attempt = Attempt.next(self._run.output, unit.id)
+            with self._turns.taken(alone=attempt.row_by_row), self._watchdog.watching(unit.id):
+                attempt.begin()
+                try:
+                    return self._work(unit, name, attempt)
+                except DeviceError:
+                    # Nothing but a new process gets the device back; the attempt stays on record.
+                    logger.exception("ending the process unit=%s", unit.id)
+                    os._exit(EXIT_DEVICE)
+                finally:
+                    attempt.end()  # done or not: the process is alive
+        except StorageError as error:
+            return Receipt(unit.id, name, error=str(error))
+        except Exception as error:
+            # A fault of ours. Its message could hold text of a document: only where it happened.
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(frame.filename).name}:{frame.lineno}"
+            return Receipt(unit.id, name, error=f"{type(error).__name__} in {where}")
+
+    def _work(self, unit: Unit, name: str, attempt: Attempt) -> Receipt:
+        started = time.perf_counter()
+        run = self._run
+        reader = UnitReader(unit, run.config.text_column, run.config.carried_columns, run.schema)
+        tally = _Tally()
+        n_written, n_bytes = write_tables(
+            run.output,
+            name,
+            self._tables(reader, tally, attempt),
+            lambda: Marks(unit.id, run.fingerprint, _source(unit), tally.counts()),
+        )
+        if n_written != tally.n_ok:
+            raise AssertionError("rows written and rows counted differ")
+        receipt = Receipt(
+            unit.id,
+            name,
+            n_bytes=reader.n_bytes,
+            output_bytes=n_bytes,
             seconds=time.perf_counter() - started,
         )
+        return replace(receipt, **tally.counts())  # type: ignore[arg-type]
 
-    def _tables(self, unit: Unit, tally: "_Tally") -> Iterator[pa.Table]:
-        config = self._config
-        chunks = read_unit(unit, config.text_column, config.carried_columns, self._schema)
-        for chunk in chunks:
-            table = self._tag_chunk(chunk, tally)
-            n_rows = tally.n_ok + len(tally.failures)
-            self._progress.add.remote(unit.id, n_rows, tally.n_tokens, chunk.share)
+    def _tables(self, reader: UnitReader, tally: "_Tally", attempt: Attempt) -> Iterator[pa.Table]:
+        unit = reader.unit
+        for chunk in self._chunks(reader, attempt):
+            self._rows_read += len(chunk.texts)
+            table = self._tag_chunk(chunk, tally, attempt)
+            self._progress.add.remote(unit.id, tally.n_rows, tally.n_tokens, chunk.share)
             yield table
-        if tally.failures:  # before the data becomes visible
-            write_dead_letters(self._output, unit, tally.failures)
+        # The dead letters before the data becomes visible.
+        if tally.bad:
+            write_letters(self._run.output, unit, tally.bad, attempt.number, self._run.model_digest)
+        elif attempt.number > 1:  # those of a try that died
+            storage.delete([storage.join(self._run.output, letters_name(unit.output))])
 
-    def _tag_chunk(self, chunk: Chunk, tally: "_Tally") -> pa.Table:
+    def _chunks(self, reader: UnitReader, attempt: Attempt) -> Iterator[Chunk]:
+        unit = reader.unit
+        if attempt.hopeless and not unit.letters:  # of those, the rest would be the whole file
+            reason = f"the process ended {attempt.number - 1} times while reading this unit"
+            failure = Failure("", "read", "ProcessDied", reason)
+            n_rows = unit.n_rows if unit.max_rows is None else unit.max_rows
+            bad = BadRow(Place(unit.first_row), failure, n_rows=n_rows, rest=unit)
+            return iter([Chunk(reader.schema.empty_table(), [], [], [bad])])
+        return read_letters(reader, self._run.output) if unit.letters else reader.chunks()
+
+    def _tag_chunk(self, chunk: Chunk, tally: "_Tally", attempt: Attempt) -> pa.Table:
         records = [
-            Record(str(row), text) for row, text in zip(chunk.rows, chunk.texts, strict=True)
+            Record(str(place.row), text)
+            for place, text in zip(chunk.places, chunk.texts, strict=True)
         ]
-        outcomes = self._predictor.predict(records)
-        tally.failures.update(chunk.failures)
+        if attempt.row_by_row:
+            outcomes = self._one_by_one(records, tally.n_seen, attempt)
+        else:
+            outcomes = self._predictor.predict(records)
+        tally.n_seen += len(records)
+        tally.n_unread += _n_rows(chunk.bad)
+        tally.bad += chunk.bad
         kept, predictions = [], []
-        for i, (row, outcome) in enumerate(zip(chunk.rows, outcomes, strict=True)):
+        for i, outcome in enumerate(outcomes):
             if isinstance(outcome, Failure):
-                tally.failures[row] = outcome
+                whole = None if chunk.whole is None else chunk.whole.slice(i, 1)
+                tally.bad.append(BadRow(chunk.places[i], outcome, whole))
             else:
                 kept.append(i)
                 predictions.append(outcome)
         tally.add(predictions)
         return add_predictions(_take(chunk.table, kept), predictions)
+
+    def _one_by_one(self, records: Sequence[Record], first: int, attempt: Attempt) -> list[Outcome]:
+        """Outcomes of records of which one ends the process."""
+        outcomes: list[Outcome] = []
+        for row, record in enumerate(records, start=first):
+            if row in attempt.killers:
+                reason = "the process died or hung whenever it worked on this row"
+                outcomes.append(Failure(record.id, "forward", "ProcessDied", reason))
+                continue
+            attempt.works_on(row)
+            outcomes += self._predictor.predict([record])
+        attempt.works_on(None)
+        return outcomes
+
+
+def _source(unit: Unit) -> dict[str, Any]:
+    """Where the rows come from, for the marks of the output."""
+    names = ("path", "version", "row_groups", "start", "end", "letters")
+    return {name: getattr(unit, name) for name in names}
 
 
 def _take(table: pa.Table, rows: list[int]) -> pa.Table:
@@ -133,12 +257,54 @@ def _take(table: pa.Table, rows: list[int]) -> pa.Table:
     return table.take(pa.array(rows, pa.int64()))
 
 
+def _n_rows(bad: Sequence[BadRow]) -> int:
+    """Rows that they stand for; an unknown number counts as one."""
+    return sum(1 if item.n_rows is None else item.n_rows for item in bad)
+
+
+class _Turns:
+    """Units side by side; one alone when its rows are on trial, so that no other is to blame."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._n_inside = 0
+
+    @contextmanager
+    def taken(self, alone: bool) -> Iterator[None]:
+        """The right to work, once those are out who are in the way."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._n_inside == 0 if alone else self._n_inside >= 0)
+            self._n_inside = -1 if alone else self._n_inside + 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._n_inside = 0 if alone else self._n_inside - 1
+                self._changed.notify_all()
+
+
 class _Tally:
     """Counts of a unit while it is worked on."""
 
     def __init__(self) -> None:
-        self.failures: dict[int, Failure] = {}
+        self.bad: list[BadRow] = []
+        self.n_seen = 0  # rows that could be read
+        self.n_unread = 0  # and those that could not
         self.n_ok = self.n_entities = self.n_tokens = self.n_windows = self.n_truncated = 0
+
+    @property
+    def n_dead(self) -> int:
+        """Rows in the dead letters."""
+        return _n_rows(self.bad)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows in, counted where they come in: at the end they must be n_ok + n_dead."""
+        return self.n_seen + self.n_unread
+
+    def counts(self) -> dict[str, int]:
+        """What receipts and marks say."""
+        return {name: getattr(self, name) for name in COUNTS}
 
     def add(self, predictions: list[Prediction]) -> None:
         self.n_ok += len(predictions)

@@ -3,7 +3,8 @@
 import logging
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ THREADS_OF_A_LARGE_ACTOR = 4
 # Logical CPUs beside the actors', for Ray's own small tasks; without them a pool that takes every
 # CPU stands still for ever.
 SPARE_CPUS = 2
+RESTARTS = 100
 LOCAL_OBJECT_STORE_BYTES = 256 << 20  # only receipts pass through it
 
 
@@ -23,9 +25,8 @@ class Pool:
 
     Attributes:
         cpus, gpus: of each.
-        restarts: how often an actor that died is started anew. A row that kills its process would
-            be tried for ever with Ray Data's own default. None on one machine, where it is the
-            memory that ends processes, and would end them again.
+        restarts: how often an actor that died is started anew. A row that ends its process does so
+            three times (see `attempts`); Ray Data's own default is for ever.
     """
 
     min_actors: int
@@ -62,10 +63,44 @@ def connect(config: JobConfig) -> bool:
     else:
         options["address"] = address
     try:
-        ray.init(**options)
+        with _quiet_core():
+            ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError(f"--address {address}: no Ray cluster answers there: {error}") from error
     return local
+
+
+@contextmanager
+def _quiet_core() -> Iterator[None]:
+    """No error line on the terminal for every pool whose actors may be started anew.
+
+    Ray's core warns that the arguments of their constructor could be lost; ours are a few hundred
+    bytes on the driver's own node. Its threshold is read when the driver connects, which tells the
+    terminal that too, and must not reach the processes started before, which would each say so.
+    """
+    from ray._private import worker
+
+    connect, name = worker.connect, "RAY_BACKEND_LOG_LEVEL"
+
+    def connect_quietly(*args: Any, **options: Any) -> Any:
+        if name in os.environ:
+            return connect(*args, **options)
+        os.environ[name] = "fatal"
+        terminal, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
+        try:
+            return connect(*args, **options)
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            os.close(nowhere)
+            del os.environ[name]
+
+    worker.connect = connect_quietly
+    try:
+        yield
+    finally:
+        worker.connect = connect
 
 
 def local_pool(config: JobConfig, cores: int) -> Pool:
@@ -80,7 +115,7 @@ def local_pool(config: JobConfig, cores: int) -> Pool:
         )
         cpus = 1 if gpus else max(1, cores // wanted)
     low, high = config.actor_range or (1, max(1, cores // cpus) if not gpus else 1)
-    return Pool(low, high, cpus, gpus, restarts=0)
+    return Pool(low, high, cpus, gpus, restarts=RESTARTS)
 
 
 def cluster_pool(config: JobConfig, nodes: Sequence[Mapping[str, float]]) -> Pool:
@@ -95,7 +130,7 @@ def cluster_pool(config: JobConfig, nodes: Sequence[Mapping[str, float]]) -> Poo
         largest = int(max((node.get("CPU", 0) for node in nodes), default=0))
         most = max(1, largest - 1) if largest else THREADS_OF_A_LARGE_ACTOR
         cpus = 1 if gpus else min(THREADS_OF_A_LARGE_ACTOR, most)
-    pool = Pool(1, 1, cpus, gpus, restarts=3)
+    pool = Pool(1, 1, cpus, gpus, restarts=RESTARTS)
     low, high = config.actor_range or (1, max(1, sum(_actors_on(node, pool) for node in nodes)))
     return replace(pool, min_actors=low, max_actors=high)
 

@@ -18,11 +18,12 @@ class JobConfig:
     """One run over a corpus.
 
     Args:
-        input: Parquet or JSONL: a file, a folder or a glob; repeatable. Default: sample texts that
-            come with the package.
-        output: Folder for the results; must not hold results of these files yet. Needed with
-            --input.
-        model: Model folder of transformers or PaddleNLP, or "demo".
+        input: Parquet or JSONL: a file, a folder or a glob, local or a URL (s3://, gs://, az://);
+            repeatable. Default: sample texts that come with the package.
+        output: Folder or URL for the results. A run into the folder of an earlier one goes on where
+            that ended, and takes only files that are new or changed. Needed with --input.
+        model: Model folder of transformers or PaddleNLP, its URL, org/name on the Hugging Face Hub,
+            or "demo".
         text_column: Column to read; a dot goes into nested ones: doc.body.
         columns: Input columns to carry into the output, comma-separated. Default: all.
         limit: Stop after so many rows of the input.
@@ -39,7 +40,8 @@ class JobConfig:
             fast tokenizers, not SQuAD's, which is a step).
         max_batch_tokens: Padded tokens in one forward pass. Default: 1024 on CPU, 16384 on GPU.
         unit_bytes: Size of a unit of work in bytes of text: 30 to 120 seconds of one actor are
-            good. Default: 1 MiB on CPU, 16 MiB on GPU. A Parquet row group is never divided.
+            good. Default: 1 MiB on CPU, 16 MiB on GPU. A Parquet row group is never divided, and
+            a file once planned keeps its units.
         actors: Smallest and largest number of model actors, MIN:MAX. Default: what the machine or
             cluster holds.
         num_gpus_per_actor: GPUs of an actor; 0 runs on CPU.
@@ -48,6 +50,11 @@ class JobConfig:
         dtype: Of weights and computation; float32 is exact.
         address: Ray cluster to use: auto, an IP:PORT or ray://HOST:PORT. Default: inside a Ray job
             its own cluster, else a local one just for this run.
+        max_dead_letters: Rows that may end as dead letters, a number or a share such as 0.1%; with
+            more of them the exit code is 4 and there is no _SUCCESS.
+        unit_timeout: Seconds without progress after which an actor counts as hung and is replaced.
+        overwrite: Start anew although there are results with other settings; these stay valid until
+            the new ones are complete.
 
     Raises:
         ConfigError: a value is impossible; says what was expected and what came.
@@ -72,6 +79,9 @@ class JobConfig:
     num_cpus_per_actor: int | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     address: str | None = None
+    max_dead_letters: str = "0"
+    unit_timeout: float | None = 1800.0
+    overwrite: bool = False
 
     def __post_init__(self) -> None:
         for name, minimum in (("limit", 1), ("unit_bytes", 1), ("num_cpus_per_actor", 1)):
@@ -87,7 +97,11 @@ class JobConfig:
             raise ConfigError("--output is needed with --input: give a folder for the results")
         if not self.text_column:
             raise ConfigError("--text-column must name a column")
-        _ = self.actor_range, self.predictor  # both check themselves
+        if self.unit_timeout is not None and self.unit_timeout <= 0:
+            raise ConfigError(
+                f"--unit-timeout must be more than 0 seconds, got {self.unit_timeout}"
+            )
+        _ = self.actor_range, self.predictor, self.allowed_dead_letters  # they check themselves
         clash = [name for name in self.carried_columns or () if name in ADDED_COLUMNS]
         if clash:
             raise ConfigError(
@@ -120,6 +134,17 @@ class JobConfig:
                 f"--actors must be MIN:MAX with 1 <= MIN <= MAX, or one number; got {self.actors!r}"
             )
         return low, high
+
+    @property
+    def allowed_dead_letters(self) -> tuple[int | None, float | None]:
+        """Number or share of rows that may be dead letters; one of the two is None."""
+        match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)%", self.max_dead_letters.strip())
+        if not match or (match[2] and float(match[2]) > 100):
+            raise ConfigError(
+                f"--max-dead-letters must be a number of rows or a share such as 0.1%, "
+                f"got {self.max_dead_letters!r}"
+            )
+        return (int(match[1]), None) if match[1] else (None, float(match[2]) / 100)
 
     @property
     def predictor(self) -> PredictorConfig:

@@ -4,9 +4,9 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from typing import Any, Self
 
+import pyarrow as pa
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -18,7 +18,6 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 
 from erniem_batch.job.actor import Receipt
-from erniem_batch.job.units import Unit
 
 logger = logging.getLogger(__name__)
 
@@ -56,11 +55,32 @@ class ProgressCounter:
         return sums[0], sums[1]
 
 
+def start_counter() -> Any:
+    """A ProgressCounter on the node of the driver: no other node that goes takes it along."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(ProgressCounter).remote()
+
+
+def read_padding(counter: Any) -> tuple[int, int]:
+    """Padded and real tokens of all actors; zeros if nobody can say any more."""
+    import ray
+
+    try:
+        padded, real = ray.get(counter.padding.remote(), timeout=30)
+    except ray.exceptions.RayError:
+        return 0, 0
+    return padded, real
+
+
 class Progress:
     """Shows the counts of a ProgressCounter while the `with` block runs."""
 
-    def __init__(self, units: Sequence[Unit], counter: Any) -> None:
-        self._bytes = {unit.id: max(unit.n_bytes, 1) for unit in units}
+    def __init__(self, units: pa.Table, counter: Any) -> None:
+        sizes = (max(size, 1) for size in units["n_bytes"].to_pylist())
+        self._bytes = dict(zip(units["id"].to_pylist(), sizes, strict=True))
         self._n_units = len(units)
         self._counter = counter
         self._finished = 0
@@ -94,7 +114,7 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.join()
+        self._thread.join(timeout=1.0)  # after SIGTERM there is no time to wait for an answer
         if self._bars is not None:
             self._bars.stop()
 

@@ -9,25 +9,30 @@ import io
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from erniem_batch.errors import ConfigError, RecordError
+from erniem_batch import storage
+from erniem_batch.errors import ConfigError, RecordError, StorageError
 from erniem_batch.job.config import ADDED_COLUMNS
-from erniem_batch.job.units import InputFile, Unit
+from erniem_batch.job.units import SourceFile, Unit
 from erniem_batch.records import Failure
 
 CHUNK_ROWS = 2048
 SAMPLE_BYTES = 1 << 20
+SAMPLED_FILES = 8
+# Lines before a slice are only counted, to name the row of a dead letter, while that is cheap.
+COUNTED_BYTES = 64 << 20
 
-# What reading a damaged or vanished file raises.
-READ_ERRORS = (OSError, EOFError, zlib.error, pa.ArrowException)
+# What reading a damaged or vanished file raises; storage that fails raises StorageError.
+CONTENT_ERRORS = (OSError, EOFError, zlib.error, pa.ArrowException)
 
 BOM = b"\xef\xbb\xbf"
 # Marks columns that are JSON text from the start, since no type holds all of their values.
@@ -39,77 +44,197 @@ MAX_TYPE_DEPTH = 32
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where a row comes from.
+
+    Attributes:
+        row: of its file, from 0; None: not counted, see `byte`.
+        byte: of a JSONL file, where its line begins (of the decompressed text).
+        line: the line itself, JSONL only.
+        source: file of a row that comes from a dead letter; else the file of the unit.
+    """
+
+    row: int | None = None
+    byte: int | None = None
+    line: bytes | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that has no prediction, or all the rows that could not be reached.
+
+    Attributes:
+        place: of the row, or of the first of the rows.
+        whole: the row as a table of one row, all its columns; Parquet only.
+        n_rows: how many; None: nobody knows.
+        rest: what has to be read to reach the rows; None for a single row.
+    """
+
+    place: Place
+    failure: Failure
+    whole: pa.Table | None = None
+    n_rows: int | None = 1
+    rest: Unit | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """Some rows of a unit.
 
     Attributes:
         table: columns to carry into the output.
         texts: one a row of the table; a value that is not a string is the predictor's to refuse.
-        rows: place of each row in the input file.
-        failures: rows that could not be read, by place.
+        places: of each row.
+        bad: rows that could not be read.
         share: of the unit that has been read with this chunk, 0 to 1.
+        whole: all columns of each row, of Parquet whose file may be gone or another by now.
     """
 
     table: pa.Table
     texts: list[Any]
-    rows: list[int]
-    failures: dict[int, Failure]
-    share: float
+    places: list[Place]
+    bad: list[BadRow] = field(default_factory=list)
+    share: float = 1.0
+    whole: pa.Table | None = None
+
+
+class UnitReader:
+    """Reads the rows of one unit, in order.
+
+    Args:
+        columns: to carry; None: all.
+        schema: of the carried columns, as `input_schema` found it.
+
+    Attributes:
+        n_bytes: read from storage so far.
+    """
+
+    def __init__(
+        self,
+        unit: Unit,
+        text_column: str,
+        columns: Sequence[str] | None,
+        schema: pa.Schema,
+    ) -> None:
+        self.unit = unit
+        self.text_column = text_column
+        self.columns = columns
+        self.schema = schema
+        self._sources: list[storage.InputFile] = []
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(source.n_bytes for source in self._sources)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """All rows.
+
+        Raises:
+            StorageError: storage failed, or the file is no longer the one that was planned.
+        """
+        yield from self.slice_chunks(self.unit)
+        info = storage.stat(self.unit.path) if self.unit.version else None
+        if info is not None and info.version != self.unit.version:
+            raise _changed(self.unit)
+
+    def slice_chunks(self, unit: Unit) -> Iterator[Chunk]:
+        """The rows of a slice of an input file."""
+        if unit.format == "parquet":
+            yield from _read_parquet(self, unit)
+        else:
+            yield from _read_jsonl(self, unit)
+
+    def open(self, unit: Unit) -> storage.InputFile:
+        """The unit's file, if it is still the one that was planned."""
+        source = storage.InputFile(unit.path, unit.end)
+        self._sources.append(source)
+        if unit.version and source.info.version != unit.version:
+            source.close()
+            raise _changed(unit)
+        return source
+
+
+def _changed(unit: Unit) -> StorageError:
+    return StorageError(
+        f"{unit.path}: changed since this run was planned; run the same command again when it is "
+        f"complete"
+    )
 
 
 def read_unit(
     unit: Unit, text_column: str, columns: Sequence[str] | None, schema: pa.Schema
 ) -> Iterator[Chunk]:
-    """The rows of a unit, in order.
+    """The rows of a unit, in order; see UnitReader."""
+    return UnitReader(unit, text_column, columns, schema).chunks()
 
-    Args:
-        columns: to carry; None: all.
-        schema: of the carried columns, as `input_schema` found it.
-    """
-    if unit.format == "parquet":
-        yield from _read_parquet(unit, text_column, columns)
-    else:
-        yield from _read_jsonl(unit, text_column, columns, schema)
+
+def _rest(
+    unit: Unit, error: BaseException, place: Place, n_rows: int | None, /, **left: Any
+) -> BadRow:
+    """The rows of a unit that cannot be reached, as one bad row."""
+    reason = str(error).strip().split("\n")[0][:300]
+    if isinstance(error, FileNotFoundError):
+        reason = "the file is no longer there"
+    failure = Failure("", "read", type(error).__name__, reason or "the content is damaged")
+    return BadRow(place, failure, n_rows=n_rows, rest=replace(unit, **left))
 
 
 def input_schema(
-    files: Sequence[InputFile], text_column: str, columns: Sequence[str] | None
+    files: Iterable[SourceFile], text_column: str, columns: Sequence[str] | None
 ) -> pa.Schema:
-    """The carried columns and their types; all Parquet files must agree.
+    """The carried columns and their types, from the first files that can be read.
+
+    A later file may have other columns: its output then has them too.
 
     Raises:
-        ConfigError: the text column or a carried one doesn't exist, or the text is no text.
+        ConfigError: no file can be read, the text column or a carried one doesn't exist, or the
+            text is no text.
     """
     schema: pa.Schema | None = None
+    sample: list[dict[str, Any]] = []
+    problem: Exception | None = None
+    readable = False
     for file in files:
-        own = _parquet_schema(file) if file.format == "parquet" else None
-        if own is not None:
-            _require_text(own, text_column, file.path)
-            own = own if columns is None else _select(own, columns, file.path)
-            if schema is not None and not own.equals(schema):
-                raise ConfigError(
-                    f"{file.path}: its columns or types differ from those of the files before it: "
-                    f"tag them in runs of their own, or choose common columns with --columns"
-                    f"{_difference(schema, own)}"
-                )
-            schema = own
-    sample = [row for file in files[:8] if file.format == "jsonl" for row in _sample(file)]
-    if sample:
-        if not any(_has(row, text_column) for row in sample):
-            names = sorted({name for row in sample for name in row})
-            raise ConfigError(_no_column(text_column, names, "the JSONL input"))
-        # As in _read_jsonl: rows that will be refused have no say in the types of the others.
-        usable = [row for row in sample if isinstance(_get(row, text_column), str)]
-        schema = _infer_schema(usable or sample) if schema is None else schema
+        try:
+            if file.format == "parquet":
+                own = _parquet_schema(file.path)
+                if own is not None:
+                    _require_text(own, text_column, file.path)
+                    schema = own if columns is None else _select(own, columns, file.path)
+                    break
+            else:
+                sample += _sample(file)
+                readable = True
+        except CONTENT_ERRORS as error:  # a dead letter later
+            problem = problem or error
+            continue
+        except ConfigError as error:
+            problem = error if not isinstance(problem, ConfigError) else problem
+            continue
+        if len(sample) >= SAMPLED_FILES * CHUNK_ROWS:
+            break
+    if schema is None and not sample and problem is not None and not readable:
+        if isinstance(problem, ConfigError):
+            raise problem
+        raise ConfigError(f"none of the input files can be read: {problem}") from problem
+    if schema is None and sample:
+        schema = _schema_of_sample(sample, text_column)
     schema = pa.schema([]) if schema is None else schema
     schema = schema if columns is None else _select(schema, columns, "the input")
     clash = [name for name in schema.names if name in ADDED_COLUMNS]
     if clash:
-        raise ConfigError(
-            f"the input has columns that the job adds itself ({', '.join(clash)}): rename them, or "
-            f"name the columns to carry with --columns"
-        )
+        raise ConfigError(_clash(clash))
     return schema
+
+
+def _schema_of_sample(sample: list[dict[str, Any]], text_column: str) -> pa.Schema:
+    if not any(_has(row, text_column) for row in sample):
+        names = sorted({name for row in sample for name in row})
+        raise ConfigError(_no_column(text_column, names, "the JSONL input"))
+    # As in _read_jsonl: rows that will be refused have no say in the types of the others.
+    usable = [row for row in sample if isinstance(_get(row, text_column), str)]
+    return _infer_schema(usable or sample)
 
 
 def _select(schema: pa.Schema, columns: Sequence[str], where: str) -> pa.Schema:
@@ -122,17 +247,9 @@ def _select(schema: pa.Schema, columns: Sequence[str], where: str) -> pa.Schema:
 # ---- Parquet ----------------------------------------------------------------------------------
 
 
-def _parquet_schema(file: InputFile) -> pa.Schema:
-    try:
-        schema = pq.read_schema(file.path).remove_metadata()
-    except (OSError, pa.ArrowException) as error:
-        raise ConfigError(f"{file.path}: not a readable Parquet file: {error}") from error
-    doubled = [name for name, count in Counter(schema.names).items() if count > 1]
-    if doubled:
-        raise ConfigError(
-            f"{file.path}: several columns have the same name ({', '.join(doubled)}): rename them"
-        )
-    return schema
+def _parquet_schema(path: str) -> pa.Schema:
+    with storage.InputFile(path) as source:
+        return pq.read_schema(pa.PythonFile(source, mode="r")).remove_metadata()
 
 
 def _require_text(schema: pa.Schema, text_column: str, path: str) -> None:
@@ -159,33 +276,113 @@ def _require_text(schema: pa.Schema, text_column: str, path: str) -> None:
         )
 
 
-def _read_parquet(unit: Unit, text_column: str, columns: Sequence[str] | None) -> Iterator[Chunk]:
-    literal = text_column in pq.read_schema(unit.path).names
-    top = text_column if literal else text_column.split(".")[0]
-    needed = None if columns is None else list(dict.fromkeys([*columns, top]))
-    row = unit.first_row or 0
-    left = unit.max_rows
-    with pq.ParquetFile(unit.path) as file:
-        if not unit.n_rows:  # an empty file makes an empty file
-            empty = file.schema_arrow.remove_metadata().empty_table()
-            yield Chunk(empty if columns is None else empty.select(columns), [], [], {}, 1.0)
-        for batch in file.iter_batches(
-            CHUNK_ROWS, row_groups=list(unit.row_groups), columns=needed
-        ):
-            table = pa.Table.from_batches([batch])
-            if left is not None:
-                table = table.slice(0, left)
-                left -= len(table)
-            if not len(table):
-                return
-            values = table[top].combine_chunks()
-            for name in [] if literal else text_column.split(".")[1:]:
-                values = pc.struct_field(values, name)
-            carried = table if columns is None else table.select(columns)
-            rows = list(range(row, row + len(table)))
-            row += len(table)
-            n_done, n_rows = row - (unit.first_row or 0), unit.max_rows or unit.n_rows or 1
-            yield Chunk(carried, _strings(values), rows, {}, n_done / n_rows)
+def _read_parquet(reader: UnitReader, unit: Unit) -> Iterator[Chunk]:
+    with ExitStack() as files:
+        try:
+            source = files.enter_context(reader.open(unit))
+            file = pq.ParquetFile(pa.PythonFile(source, mode="r"), pre_buffer=True)
+            files.enter_context(file)
+            schema = file.schema_arrow.remove_metadata()
+            _require_usable(schema, reader)
+        except (*CONTENT_ERRORS, ConfigError) as error:
+            yield _unreadable(reader, unit, error)
+            return
+        yield from _parquet_chunks(reader, unit, file, schema)
+
+
+def _unreadable(reader: UnitReader, unit: Unit, error: BaseException) -> Chunk:
+    """A unit of which no row can be read."""
+    n_rows = unit.n_rows if unit.max_rows is None else unit.max_rows
+    bad = _rest(unit, error, Place(unit.first_row, source=unit.path), n_rows)
+    return Chunk(reader.schema.empty_table(), [], [], [bad])
+
+
+def _parquet_chunks(
+    reader: UnitReader, unit: Unit, file: pq.ParquetFile, schema: pa.Schema
+) -> Iterator[Chunk]:
+    top = reader.text_column
+    top = top if top in schema.names else top.split(".")[0]
+    carried = schema.names if reader.columns is None else list(reader.columns)
+    needed = None if reader.columns is None else list(dict.fromkeys([*carried, top]))
+    # A unit without row groups is an empty file, or one whose footer could not be read before.
+    groups = unit.row_groups or tuple(range(file.num_row_groups))
+    if not sum(file.metadata.row_group(g).num_rows for g in groups):
+        yield Chunk(schema.empty_table().select(carried), [], [])
+    n_rows = unit.max_rows or unit.n_rows or file.metadata.num_rows
+    row, skip, left, done = unit.first_row or 0, unit.skip_rows, unit.max_rows, 0
+    for group in groups:
+        first, end = row, row + file.metadata.row_group(group).num_rows
+        row, skip = row + skip, 0
+        batches = file.iter_batches(CHUNK_ROWS, row_groups=[group], columns=needed)
+        tables = _tables(batches, row - first)
+        while row < end and (left is None or left > 0):
+            try:
+                table = next(tables, None)
+                if table is None:
+                    raise pa.ArrowInvalid(f"{end - row} rows fewer than the footer says")
+            except CONTENT_ERRORS as error:
+                lost = end - row if left is None else min(left, end - row)
+                rest = {"row_groups": (group,), "first_row": first, "skip_rows": row - first}
+                rest |= {"n_rows": lost, "max_rows": lost}
+                bad = _rest(unit, error, Place(row, source=unit.path), lost, **rest)
+                yield Chunk(schema.empty_table().select(carried), [], [], [bad])
+                left = None if left is None else left - lost
+                break
+            table = table if left is None else table.slice(0, left)
+            left = None if left is None else left - len(table)
+            places = [Place(i, source=unit.path) for i in range(row, row + len(table))]
+            row, done = row + len(table), done + len(table)
+            chunk = table_chunk(reader, table, places)
+            yield replace(chunk, share=min(1.0, done / max(n_rows, 1)))
+        row = end
+
+
+def table_chunk(reader: UnitReader, table: pa.Table, places: list[Place]) -> Chunk:
+    """Rows of a Parquet file as a chunk."""
+    literal = reader.text_column in table.column_names
+    top, *inner = [reader.text_column] if literal else reader.text_column.split(".")
+    values = table[top].combine_chunks()
+    for name in inner:
+        values = pc.struct_field(values, name)
+    carried = table if reader.columns is None else table.select(reader.columns)
+    return Chunk(carried, _strings(values), places)
+
+
+def _tables(batches: Iterator[pa.RecordBatch], skip: int) -> Iterator[pa.Table]:
+    """Batches as tables, without the first rows."""
+    for batch in batches:
+        table = pa.Table.from_batches([batch])
+        yield table.slice(skip)
+        skip = max(0, skip - len(table))
+
+
+def _require_usable(schema: pa.Schema, reader: UnitReader) -> None:
+    """Raises a ConfigError if the file has not the columns that the job needs."""
+    doubled = [name for name, count in Counter(schema.names).items() if count > 1]
+    if doubled:
+        raise ConfigError(f"several columns have the same name ({', '.join(doubled)}): rename them")
+    _require_text(schema, reader.text_column, reader.unit.path)
+    carried = schema if reader.columns is None else _select(schema, reader.columns, "the file")
+    clash = [name for name in carried.names if name in ADDED_COLUMNS]
+    if clash:
+        raise ConfigError(_clash(clash))
+
+
+def whole_rows(unit: Unit, rows: Sequence[int]) -> pa.Table:
+    """Rows of a Parquet file with all their columns, for dead letters."""
+    with (
+        storage.InputFile(unit.path) as source,
+        pq.ParquetFile(pa.PythonFile(source, mode="r"), pre_buffer=True) as file,
+    ):
+        tables = []
+        start = 0
+        for group in range(file.num_row_groups):
+            end = start + file.metadata.row_group(group).num_rows
+            mine = [row - start for row in rows if start <= row < end]
+            if mine:
+                tables.append(file.read_row_group(group).take(pa.array(mine, pa.int64())))
+            start = end
+        return pa.concat_tables(tables).replace_schema_metadata(None)
 
 
 def _strings(values: pa.Array) -> list[Any]:
@@ -209,69 +406,107 @@ def _decoded(value: bytes | None) -> str | bytes | None:
 # ---- JSONL ------------------------------------------------------------------------------------
 
 
-def _read_jsonl(
-    unit: Unit, text_column: str, columns: Sequence[str] | None, schema: pa.Schema
+def _read_jsonl(reader: UnitReader, unit: Unit) -> Iterator[Chunk]:
+    with ExitStack() as files:
+        lines = _rows_of(unit, lambda: files.enter_context(reader.open(unit)))
+        yield from jsonl_chunks(reader, lines, unit)
+
+
+def jsonl_chunks(
+    reader: UnitReader, lines: Iterator[Place], unit: Unit | None = None
 ) -> Iterator[Chunk]:
-    first_row = unit.first_row
+    """Lines as chunks.
+
+    Args:
+        unit: that the lines are read from; they may break off in the middle.
+    """
     objects: list[dict[str, Any]] = []
-    rows: list[int] = []
-    failures: dict[int, Failure] = {}
-    for n_seen, (line_number, line) in enumerate(_lines(unit)):
-        if n_seen == unit.max_rows:
-            break
-        if first_row is None:
-            first_row = _count_lines_before(unit)
-        row = first_row + line_number
+    places: list[Place] = []
+    bad: list[BadRow] = []
+    while True:
         try:
-            value = _parse(line)
-            if columns is None:
+            place = next(lines, None)
+        except CONTENT_ERRORS as error:
+            if unit is None:
+                raise
+            bad.append(_broken_off(unit, error, [*places, *(b.place for b in bad)]))
+            break
+        if place is None:
+            break
+        try:
+            value = _parse(place.line or b"")
+            if reader.columns is None:
                 _require_no_clash(value)
             objects.append(value)
-            rows.append(row)
+            places.append(place)
         except RecordError as error:
-            failures[row] = Failure(str(row), "read", "RecordError", str(error))
-    texts = [_get(value, text_column) for value in objects]
+            bad.append(BadRow(place, Failure("", "read", "RecordError", str(error))))
+    texts = [_get(value, reader.text_column) for value in objects]
     # Rows that the predictor will refuse have no say in the types of the others.
     usable = [v if isinstance(t, str) else {} for v, t in zip(objects, texts, strict=True)]
-    table = _to_table(usable, schema, columns)
-    for start in range(0, max(len(rows), 1), CHUNK_ROWS):
+    table = _to_table(usable, reader.schema, reader.columns)
+    for start in range(0, max(len(objects), 1), CHUNK_ROWS):
         part = slice(start, start + CHUNK_ROWS)
-        share = min(1.0, (start + CHUNK_ROWS) / max(len(rows), 1))
+        share = min(1.0, (start + CHUNK_ROWS) / max(len(objects), 1))
         # Not simply CHUNK_ROWS: a table without columns takes any length for its own.
-        piece = table.slice(start, len(rows[part]))
-        yield Chunk(piece, texts[part], rows[part], failures, share)
-        failures = {}
+        piece = table.slice(start, len(texts[part]))
+        yield Chunk(piece, texts[part], places[part], bad, share)
+        bad = []
 
 
-def count_rows(unit: Unit, limit: int) -> int:
-    """Rows of a JSONL unit, counted up to a limit.
+def _broken_off(unit: Unit, error: BaseException, read: Sequence[Place]) -> BadRow:
+    """All lines after those that were read."""
+    rows = [place.row for place in read if place.row is not None]
+    place = Place(max(rows) + 1 if rows else unit.first_row, source=unit.path)
+    left = None if unit.max_rows is None else unit.max_rows - len(read)
+    rest = {"first_row": place.row, "skip_rows": unit.skip_rows + len(read), "max_rows": left}
+    return _rest(unit, error, place, left, **rest)
 
-    Raises:
-        ConfigError: the file cannot be read.
-    """
-    try:
-        return sum(1 for _ in zip(range(limit), _lines(unit), strict=False))
-    except READ_ERRORS as error:
-        raise ConfigError(f"{unit.path}: cannot be read: {error}") from error
+
+def count_rows(unit: Unit, limit: int) -> int | None:
+    """Rows of a unit, counted up to a limit; None if it is damaged before that."""
+    if unit.format == "parquet":  # whose footer could not be read
+        return None
+    with ExitStack() as files:
+        rows = _rows_of(unit, lambda: files.enter_context(storage.InputFile(unit.path, unit.end)))
+        try:
+            return sum(1 for _ in islice(rows, limit))
+        except CONTENT_ERRORS:
+            return None
+
+
+def _rows_of(unit: Unit, open_file: Any) -> Iterator[Place]:
+    """Lines that are rows of the unit: those between skip_rows and max_rows."""
+    rows = _lines(unit, open_file)
+    last = None if unit.max_rows is None else unit.skip_rows + unit.max_rows
+    return islice(rows, unit.skip_rows, last)
 
 
 @contextmanager
 def open_jsonl(path: str) -> Iterator[IO[bytes]]:
     """A JSONL file for reading, decompressed by its name."""
+    with storage.InputFile(path) as source, _decompressed(path, source) as file:
+        yield file
+
+
+@contextmanager
+def _decompressed(path: str, source: storage.InputFile) -> Iterator[IO[bytes]]:
+    """The text of a JSONL file, decompressed by its name."""
     if path.lower().endswith(".gz"):
-        with gzip.open(path) as file:
+        buffered = io.BufferedReader(source, storage.READ_BYTES)
+        with gzip.open(buffered) as file:
             yield file  # type: ignore[misc]
     elif path.lower().endswith(".zst"):
-        with pa.CompressedInputStream(path, "zstd") as stream:
+        with pa.CompressedInputStream(pa.PythonFile(source, mode="r"), "zstd") as stream:
             yield io.BufferedReader(stream, 1 << 20)
     else:
-        with open(path, "rb") as file:
-            yield file
+        yield io.BufferedReader(source, storage.READ_BYTES)
 
 
-def _lines(unit: Unit) -> Iterator[tuple[int, bytes]]:
-    """Lines that begin inside the slice, with their number in it; blank ones only count."""
-    with open_jsonl(unit.path) as file:
+def _lines(unit: Unit, open_file: Any) -> Iterator[Place]:
+    """Lines that begin inside the slice, without blank ones, which only count as lines."""
+    source = open_file()
+    with _decompressed(unit.path, source) as file:
         at = unit.start
         if unit.start:
             # A line that begins exactly at `start` is ours: look from the byte before.
@@ -282,22 +517,23 @@ def _lines(unit: Unit) -> Iterator[tuple[int, bytes]]:
             line = file.readline()
             if not line:
                 return
-            at += len(line)
             if line.removeprefix(BOM).strip():
-                yield number, line
+                yield Place(None if unit.start else number, at, line, unit.path)
+            at += len(line)
             number += 1
 
 
-def _count_lines_before(unit: Unit) -> int:
-    """Number in the file of the slice's first line."""
+def row_number(place: Place) -> int | None:
+    """The row of a place in a JSONL file, counted from its byte if that is cheap."""
+    if place.row is not None or place.byte is None or place.byte > COUNTED_BYTES:
+        return place.row
     count = 0
-    with open(unit.path, "rb") as file:
-        left = unit.start - 1
-        while left > 0:
-            block = file.read(min(left, 1 << 20))
+    with storage.open_input(place.source, place.byte) as file:
+        left = place.byte
+        while left and (block := file.read(min(left, storage.READ_BYTES))):
             count += block.count(b"\n")
             left -= len(block)
-    return count + 1  # the line that the byte before `start` belongs to ends before the slice
+    return count
 
 
 def _parse(line: bytes) -> dict[str, Any]:
@@ -358,19 +594,19 @@ def _has(value: dict[str, Any], column: str) -> bool:
     return column in value or (isinstance(inner, dict) and last in inner)
 
 
-def _sample(file: InputFile) -> list[dict[str, Any]]:
+def _sample(file: SourceFile) -> list[dict[str, Any]]:
     """The first megabyte or so of rows that can be read."""
-    unit = Unit(id="", path=file.path, format="jsonl", output="")
+    unit = Unit(id="", path=file.path, format="jsonl", output="", n_bytes=file.size)
     rows, n_bytes = [], 0
-    try:
-        for _, line in _lines(unit):
-            with suppress(RecordError):  # a dead letter later
-                rows.append(_parse(line))
-            n_bytes += len(line)
-            if n_bytes > SAMPLE_BYTES:
-                break
-    except READ_ERRORS as error:
-        raise ConfigError(f"{file.path}: cannot be read: {error}") from error
+    with ExitStack() as files:
+        lines = _lines(unit, lambda: files.enter_context(storage.InputFile(file.path)))
+        with suppress(*CONTENT_ERRORS):  # what could be read before counts; the rest is dead
+            for place in lines:
+                with suppress(RecordError):  # a dead letter later
+                    rows.append(_parse(place.line or b""))
+                n_bytes += len(place.line or b"")
+                if n_bytes > SAMPLE_BYTES:
+                    break
     return rows
 
 
@@ -458,12 +694,13 @@ def _equal(ours: Any, given: Any) -> bool:
 # ---- messages ---------------------------------------------------------------------------------
 
 
+def _clash(names: Sequence[str]) -> str:
+    return (
+        f"the input has columns that the job adds itself ({', '.join(names)}): rename them, or "
+        f"name the columns to carry with --columns"
+    )
+
+
 def _no_column(column: str, names: Sequence[str], where: str, flag: str = "--text-column") -> str:
     known = ", ".join(list(names)[:12]) or "none"
     return f"there is no column {column!r} in {where}: it has {known}; choose with {flag}"
-
-
-def _difference(first: pa.Schema, second: pa.Schema) -> str:
-    a, b = ({f"{field.name}: {field.type}" for field in schema} for schema in (first, second))
-    gone, new = (", ".join(sorted(names)) or "the same" for names in (a - b, b - a))
-    return f" (before: {gone}; here: {new})"

@@ -1,78 +1,76 @@
-"""From a configuration to a finished output folder: plan, check, stream units through actors."""
+"""From a configuration to a finished output folder: plan, work on what is not done, publish.
 
-import json
+The same way for the first run, a resumed one, the next night and a replay: all end as "which units
+of the plan are not done?".
+"""
+
 import logging
 import os
+import signal
+import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from erniem_batch.errors import ConfigError, JobError
-from erniem_batch.job.actor import Receipt, UnitTagger
-from erniem_batch.job.cluster import (
-    Pool,
-    alive_nodes,
-    check_room,
-    cluster_pool,
-    connect,
-    local_pool,
-)
+from erniem_batch import storage
+from erniem_batch.errors import ConfigError, StorageError
+from erniem_batch.job import attempts
+from erniem_batch.job.actor import Assignment, Receipt
+from erniem_batch.job.cluster import alive_nodes, check_room, cluster_pool, connect, local_pool
 from erniem_batch.job.config import JobConfig
-from erniem_batch.job.progress import Progress, ProgressCounter
-from erniem_batch.job.read import input_schema
-from erniem_batch.job.units import Unit, find_files, plan_units
-from erniem_batch.job.write import DEAD_LETTERS
+from erniem_batch.job.finish import finish
+from erniem_batch.job.lease import ENDED, STOPPED, Lease
+from erniem_batch.job.manifest import (
+    read_manifest,
+    unmark_success,
+)
+from erniem_batch.job.plan import open_run, plan_run
+from erniem_batch.job.progress import Progress, read_padding, start_counter
+from erniem_batch.job.report import RunReport, totals
+from erniem_batch.job.rundir import (
+    LedgerWriter,
+    RunFolder,
+    RunInfo,
+    State,
+    current_units,
+    removed_files,
+)
+from erniem_batch.job.settings import versions
+from erniem_batch.job.stream import stream
+from erniem_batch.job.units import (
+    find_files,
+)
+from erniem_batch.model.fetch import local_folder, model_digest
 from erniem_batch.predictor import Predictor
 
 logger = logging.getLogger(__name__)
 
-# Ray Data puts every block of `from_items` into the object store on its own.
-MAX_BLOCKS = 4096
+OnReceipt = Callable[[Receipt], None]
 
 
-@dataclass(frozen=True, slots=True)
-class RunReport:
-    """What a run did. Rows in = n_ok + n_dead, unless units failed."""
+class Stopped(BaseException):
+    """SIGTERM came: what is finished is kept, the rest is for the next run.
 
-    output: str
-    n_units: int
-    failed_units: tuple[Receipt, ...]
-    n_rows: int
-    n_ok: int
-    n_dead: int
-    n_entities: int
-    n_tokens: int
-    n_windows: int
-    n_truncated: int
-    padding_share: float
-    seconds: float
-    working_seconds: float
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Tokens of text per second, from the first unit handed out to the last receipt."""
-        return self.n_tokens / self.working_seconds if self.working_seconds else 0.0
-
-    @property
-    def exit_code(self) -> int:
-        """0 complete; 3 units are missing; 4 complete, but rows are dead letters."""
-        return 3 if self.failed_units else 4 if self.n_dead else 0
-
-    def as_line(self) -> str:
-        """One line of JSON, for machines."""
-        values = asdict(self) | {"tokens_per_s": round(self.tokens_per_s, 1)}
-        values["failed_units"] = len(self.failed_units)
-        return json.dumps({"exit_code": self.exit_code, **values})
+    A Ray that was started for the run is still on, and ends with the process.
+    """
 
 
-def run_job(config: JobConfig, on_receipt: Callable[[Receipt], None] | None = None) -> RunReport:
-    """Tags a corpus.
+@dataclass(frozen=True)
+class Work:
+    """What this run did, beside what stands in the folder."""
+
+    receipts: list[Receipt]
+    seconds: float = 0.0
+    padding_share: float = 0.0
+
+
+def run_job(config: JobConfig, on_receipt: OnReceipt | None = None) -> RunReport:
+    """Tags a corpus; run again, it finishes what is left, and takes new and changed files.
 
     Args:
         on_receipt: called on the driver as units finish, in any order.
@@ -80,147 +78,200 @@ def run_job(config: JobConfig, on_receipt: Callable[[Receipt], None] | None = No
     Raises:
         ConfigError: something is wrong that could be seen before the work.
         CheckpointError: the model cannot be used.
-        JobError: the actors died again and again.
+        JobError: the actors died again and again, or another run took over.
+        StorageError: storage failed, after all retries.
+        Stopped: SIGTERM came.
     """
+    return _run(config, on_receipt, replay=False)
+
+
+def replay_job(
+    output: str, changes: dict[str, Any], on_receipt: OnReceipt | None = None
+) -> RunReport:
+    """Works on the dead letters of a complete run once more, and on nothing else.
+
+    Args:
+        changes: fields of JobConfig that differ from the run's, none that decides results.
+
+    Raises: as run_job.
+    """
+    info = RunFolder(storage.normal(output)).read_info()
+    if info is None or read_manifest(storage.normal(output)) is None:
+        raise ConfigError(f"{output} holds no complete run: dead letters are replayed after it")
+    known = {name: info.job[name] for name in JobConfig.__dataclass_fields__ if name in info.job}
+    config = JobConfig(**{**known, **changes, "output": output, "overwrite": False})
+    return _run(config, on_receipt, replay=True)
+
+
+def _run(config: JobConfig, on_receipt: OnReceipt | None, replay: bool) -> RunReport:
     started = time.monotonic()
+    with _stopped_by_sigterm():
+        with _preflight():
+            output = storage.normal(config.output or default_output())
+            found = None if replay else _find(config)
+            model = local_folder(config.model)
+            digest = model_digest(model)
+            lease = Lease(output).acquire()
+        how = ""
+        try:
+            folder = RunFolder(output)
+            with _preflight():
+                if lease.last_ended == STOPPED:
+                    attempts.forget(output)
+                info = open_run(folder, config, found, model, digest)
+                config = replace(config, max_batch_tokens=info.settings["max-batch-tokens"])
+                plan = plan_run(folder, config, info, found)
+                units = current_units(plan)
+                removed = removed_files(found, units) if found is not None else []
+                del found  # as large as the plan
+                state = folder.assess(units, info)
+            logger.info("units=%d done=%d", len(units), len(state.done))
+            work = Work([])
+            if len(state.todo):
+                # Raises now rather than in every actor.
+                Predictor.load(replace(config.predictor, model=str(model), device="cpu"))
+                assignment = Assignment(
+                    config=config,
+                    schema=info.arrow_schema,
+                    output=output,
+                    fingerprint=info.fingerprint,
+                    model_digest=digest,
+                    n_threads=1,
+                )
+                work = tag_units(folder, info, state.todo, assignment, lease, on_receipt)
+                state = folder.assess(units, info)
+            report = make_report(config, info, output, state, work, removed, started)
+            finish(folder, info, plan, state, report, lease)
+            how = ENDED
+            return report
+        except Stopped:
+            how = STOPPED
+            raise
+        finally:
+            lease.release(how or "failed")
+
+
+def default_output() -> str:
+    """A new folder, for sample texts."""
+    return f"out/ner-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _find(config: JobConfig) -> pa.Table:
     inputs = config.input or [str(files("erniem_batch") / "demo" / "data")]
-    found = find_files(inputs, config.input_format)
-    schema = input_schema(found, config.text_column, config.carried_columns)
-    units = plan_units(found, config.bytes_per_unit, config.text_column, config.limit)
-    output = prepare_output(config, units)
-    Predictor.load(replace(config.predictor, device="cpu"))  # raises now rather than in every actor
+    return find_files(inputs, config.input_format)
+
+
+@contextmanager
+def _preflight() -> Iterator[None]:
+    """Storage that fails before the work is a matter of settings."""
+    try:
+        yield
+    except StorageError as error:
+        raise ConfigError(str(error)) from error
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    _listen()
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _listen() -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _stop)
+
+
+def _stop(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
+    raise Stopped
+
+
+# ---- the work ---------------------------------------------------------------------------------
+
+
+def tag_units(
+    folder: RunFolder,
+    info: RunInfo,
+    units: pa.Table,
+    assignment: Assignment,
+    lease: Lease,
+    on_receipt: OnReceipt | None,
+) -> Work:
+    """Works on units; receipts go into the ledger as they come."""
+    config = assignment.config
     own_cluster = connect(config)
+    _listen()  # Ray has put a handler of its own in place
     import ray
 
+    ledger = LedgerWriter(folder, info.generation)
+    receipts: list[Receipt] = []
     try:
         cores = os.cpu_count() or 1
         pool = local_pool(config, cores) if own_cluster else cluster_pool(config, alive_nodes())
         check_room(pool)
+        unmark_success(folder.output)
         working = time.monotonic()
-        receipts = []
-        counter = ray.remote(num_cpus=0)(ProgressCounter).remote()
+        counter = start_counter()
+        assignment = replace(assignment, n_threads=pool.cpus)
         with Progress(units, counter) as progress:
-            for receipt in stream(config, schema, units, pool, output, counter):
+            for receipt in stream(units, assignment, pool, counter):
+                lease.check()
                 progress.finished(receipt)
+                receipts.append(receipt)
+                if not receipt.error:
+                    ledger.add(receipt)
                 if on_receipt is not None:
                     on_receipt(receipt)
-                receipts.append(receipt)
-        padded, real = ray.get(counter.padding.remote())
+        padded, real = read_padding(counter)
+    except Stopped:
+        own_cluster = False  # it ends with this process; in good order that takes seconds
+        raise
     finally:
+        ledger.flush()
         if own_cluster:
             ray.shutdown()
-    now = time.monotonic()
-    return make_report(
-        receipts, units, output, now - started, now - working, 1 - real / padded if padded else 0.0
-    )
+    seconds = time.monotonic() - working
+    return Work(receipts, seconds, 1 - real / padded if padded else 0.0)
 
 
-def prepare_output(config: JobConfig, units: Sequence[Unit]) -> Path:
-    """The output folder, made and found writable.
-
-    Raises:
-        ConfigError: it cannot be written, or holds results already.
-    """
-    name = config.output or f"out/ner-{time.strftime('%Y%m%d-%H%M%S')}"
-    if "://" in name:
-        raise ConfigError(f"--output {name}: only local folders can be written so far")
-    output = Path(name).expanduser().resolve()
-    places = [f"{{}}.{suffix}" for suffix in ("parquet", "jsonl")] + [f"{DEAD_LETTERS}/{{}}.jsonl"]
-    names = (place.format(unit.output) for unit in units for place in places)
-    there = [name for name in names if (output / name).exists()]
-    if there:
-        raise ConfigError(
-            f"--output {output} holds results already ({there[0]} and {len(there) - 1} more of "
-            f"this run): choose another folder or move them away"
-        )
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        probe = output / ".write-test"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"--output {output} cannot be written: {error.strerror}") from error
-    return output
-
-
-def stream(
-    config: JobConfig,
-    schema: pa.Schema,
-    units: Sequence[Unit],
-    pool: Pool,
-    output: Path,
-    counter: Any,
-) -> Iterator[Receipt]:
-    """Receipts of all units as they finish; only they and unit descriptors travel through Ray."""
-    import ray
-    from ray.data import ActorPoolStrategy, DataContext
-    from ray.exceptions import RayError
-
-    if not units:
-        return
-    # Its news are ours to tell: progress, and the cause of a failure.
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.max_errored_blocks = 0  # never drop a block in silence
-    context.execution_options.preserve_order = False
-    with warnings.catch_warnings():
-        # Ray 2.60 has no other name yet for the two limits on restarts.
-        warnings.simplefilter("ignore")
-        receipts = ray.data.from_items(
-            [unit.to_row() for unit in units], override_num_blocks=min(len(units), MAX_BLOCKS)
-        ).map_batches(
-            UnitTagger,
-            fn_constructor_args=(config, schema, str(output), pool.cpus, counter),
-            batch_size=1,
-            batch_format="pyarrow",
-            num_cpus=pool.cpus,
-            num_gpus=pool.gpus or None,
-            compute=ActorPoolStrategy(
-                min_size=min(pool.min_actors, len(units)),
-                max_size=max(pool.min_actors, min(pool.max_actors, len(units))),
-                max_concurrent_calls_per_actor=2,
-                enable_true_multi_threading=True,
-            ),
-            max_restarts=pool.restarts,
-            max_task_retries=pool.restarts,
-        )
-    try:
-        for row in receipts.iter_rows():
-            yield Receipt(**row)
-    except RayError as error:
-        raise JobError(
-            f"the actors failed, finished units stay in {output}: {_cause(error)}"
-        ) from error
-
-
-def _cause(error: BaseException) -> str:
-    """What went wrong first. Ray gives it as text only: a traceback, followed by Ray's own."""
-    first = str(error).partition("\n\nThe above exception was the direct cause")[0]
-    return (first.strip().splitlines() or [type(error).__name__])[-1].strip()
+# ---- after the work ---------------------------------------------------------------------------
 
 
 def make_report(
-    receipts: Sequence[Receipt],
-    units: Sequence[Unit],
-    output: Path,
-    seconds: float,
-    working_seconds: float,
-    padding_share: float,
+    config: JobConfig,
+    info: RunInfo,
+    output: str,
+    state: State,
+    work: Work,
+    removed: list[str],
+    started: float,
 ) -> RunReport:
-    """Sums of all receipts; a unit without a receipt is a failed one."""
-    done = {receipt.unit_id for receipt in receipts}
-    lost = [
-        Receipt(u.id, u.output, error="no receipt came back") for u in units if u.id not in done
-    ]
-    names = ("n_rows", "n_ok", "n_dead", "n_entities", "n_tokens", "n_windows", "n_truncated")
-    sums = {name: sum(getattr(receipt, name) for receipt in receipts) for name in names}
+    """Sums over the folder and over this run."""
+    sums = totals(state.done)
+    count, share = config.allowed_dead_letters
+    if removed:
+        logger.info("inputs no longer there: %d, such as %s", len(removed), removed[0])
     return RunReport(
-        output=str(output),
-        n_units=len(units),
-        failed_units=tuple([r for r in receipts if r.error] + lost),
-        padding_share=round(padding_share, 4),
-        seconds=round(seconds, 2),
-        working_seconds=round(working_seconds, 2),
+        output=output,
+        n_units=len(state.done) + len(state.todo),
+        n_units_now=len(work.receipts),
+        failed_units=tuple(receipt for receipt in work.receipts if receipt.error),
+        n_missing=len(state.todo),
+        n_dead_allowed=count if count is not None else (share or 0.0) * sums["n_rows"],
+        n_removed_inputs=len(removed),
+        n_tokens_now=sum(receipt.n_tokens for receipt in work.receipts),
+        n_bytes_read=sum(receipt.n_bytes for receipt in work.receipts),
+        padding_share=round(work.padding_share, 4),
+        seconds=round(time.monotonic() - started, 2),
+        working_seconds=round(work.seconds, 2),
+        fingerprint=info.fingerprint,
+        versions=versions(),
         **sums,
     )

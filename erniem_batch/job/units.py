@@ -1,29 +1,39 @@
 """Which slices of which files a job works on: planned once, on the driver, from names and footers.
 
 A unit is a slice of one input file and makes one output file: row groups of a Parquet file, or a
-byte range of a JSONL file, whose lines are those that begin inside it.
+byte range of a JSONL file, whose lines are those that begin inside it. Files and units are kept in
+Arrow tables: there may be a million of them.
 """
 
-import glob
 import hashlib
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from operator import attrgetter
+from pathlib import PurePosixPath
 from typing import Any, Self
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from erniem_batch import storage
 from erniem_batch.errors import ConfigError
+from erniem_batch.storage import FileInfo
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 INPUT_HELP = ".parquet, .jsonl, .ndjson or .json (the last three also with .gz or .zst)"
 
+# Errors of content: what a damaged or vanished file raises. Storage has errors of its own.
+FOOTER_ERRORS = (OSError, pa.ArrowException)
+FOOTER_THREADS = 16
+BATCH = 20_000
+
 
 @dataclass(frozen=True, slots=True)
-class InputFile:
+class SourceFile:
     """A file of the corpus.
 
     Attributes:
@@ -31,11 +41,25 @@ class InputFile:
         name: its name relative to the input it was found by, without suffixes; output names come
             from it.
         format: parquet or jsonl.
+        size, version: with the path, its identity: a file of another size or version is another.
     """
 
     path: str
     name: str
     format: str
+    size: int = 0
+    version: str = ""
+
+
+FILE_SCHEMA = pa.schema(
+    [
+        ("path", pa.string()),
+        ("name", pa.string()),
+        ("format", pa.string()),
+        ("size", pa.int64()),
+        ("version", pa.string()),
+    ]
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,27 +67,36 @@ class Unit:
     """A slice of one input file.
 
     Attributes:
-        id: short and stable: the same slice has the same id in every run.
+        id: short and stable: the same slice of the same version of a file has the same id.
+        version: of the file; a unit of another version is not read.
         output: name of the output file without suffix.
         row_groups: of a Parquet file.
         start, end: bytes of a JSONL file; end None: to its end.
-        first_row: row of the file that the slice begins with; None: not known without reading.
+        first_row: row of the file that the slice begins with, for JSONL behind `skip_rows`; None:
+            not known without reading.
+        skip_rows: lines of the slice, or rows of the row groups, that are not wanted.
         n_rows: rows in the slice, if known.
         max_rows: rows to process at most.
         n_bytes: size, for progress.
+        letters: dead letters to work on instead of the slice, relative to the output folder.
+        retires: output whose dead letters this unit takes the place of.
     """
 
     id: str
     path: str
     format: str
     output: str
+    version: str = ""
     row_groups: tuple[int, ...] = ()
     start: int = 0
     end: int | None = None
     first_row: int | None = 0
+    skip_rows: int = 0
     n_rows: int | None = None
     max_rows: int | None = None
     n_bytes: int = 0
+    letters: str = ""
+    retires: str = ""
 
     def to_row(self) -> dict[str, Any]:
         """Plain values, as they travel through Ray Data."""
@@ -75,44 +108,104 @@ class Unit:
         return cls(**{**row, "row_groups": tuple(row["row_groups"])})
 
 
-def find_files(inputs: Sequence[str], input_format: str = "auto") -> list[InputFile]:
-    """All files of the inputs, sorted by name, each once.
+_STRINGS = ("id", "path", "format", "output", "version", "letters", "retires")
+UNIT_SCHEMA = pa.schema(
+    [
+        (name, pa.string() if name in _STRINGS else pa.int64())
+        if name != "row_groups"
+        else (name, pa.list_(pa.int32()))
+        for name in Unit.__slots__
+    ]
+)
+
+
+def to_table(units: Iterable[Unit]) -> pa.Table:
+    """Units as a table of UNIT_SCHEMA."""
+    return _to_table(units, UNIT_SCHEMA)
+
+
+def _to_table(items: Iterable[Any], schema: pa.Schema) -> pa.Table:
+    """Objects as a table of their attributes, made piece by piece: a million objects are large."""
+    items = iter(items)
+    values = attrgetter(*schema.names)
+    pieces = []
+    while piece := list(islice(items, BATCH)):
+        columns = zip(*map(values, piece), strict=True)
+        arrays = [pa.array(c, field.type) for c, field in zip(columns, schema, strict=True)]
+        pieces.append(pa.Table.from_arrays(arrays, schema=schema))
+    return pa.concat_tables(pieces) if pieces else schema.empty_table()
+
+
+def from_table(table: pa.Table) -> Iterator[Unit]:
+    """Units of a table, piece by piece."""
+    for batch in table.select(UNIT_SCHEMA.names).to_batches(BATCH):
+        yield from map(Unit.from_row, batch.to_pylist())
+
+
+# ---- input files ------------------------------------------------------------------------------
+
+
+def find_files(inputs: Sequence[str], input_format: str = "auto") -> pa.Table:
+    """All files of the inputs, a table of FILE_SCHEMA sorted by name, each file once.
 
     Raises:
-        ConfigError: an input matches nothing, or a file is of no known format.
+        ConfigError: an input matches nothing, or nothing of a known format.
+        StorageError: an input cannot be listed.
     """
-    files: dict[str, InputFile] = {}
+    tables = []
     for pattern in inputs:
-        if "://" in pattern:
-            raise ConfigError(f"--input {pattern}: only local paths can be read so far")
-        matches = list(_expand(pattern))
-        found = [file for path, root in matches if (file := _input_file(path, root, input_format))]
-        if not found:
-            what = "no file matches" if not matches else "none of the files found there is"
+        counts = {"matches": 0}
+        table = _to_table(_known_files(pattern, input_format, counts), FILE_SCHEMA)
+        if not len(table):
+            what = "none of the files found there is" if counts["matches"] else "no file matches"
             raise ConfigError(f"--input {pattern}: {what} {INPUT_HELP}")
-        for file in found:
-            files.setdefault(str(Path(file.path).resolve()), file)
-    return sorted(files.values(), key=lambda file: file.name)
+        tables.append(table)
+    files = pa.concat_tables(tables)
+    if len(inputs) > 1:  # the first name of a file that several inputs match counts
+        files = files.append_column("place", pa.array(range(len(files)), pa.int64()))
+        first = files.group_by("path").aggregate([("place", "min")])["place_min"]
+        files = files.take(first).drop_columns("place")
+    return files.sort_by([("name", "ascending"), ("path", "ascending")])
 
 
-def _expand(pattern: str) -> Iterator[tuple[Path, Path]]:
+def files_of(table: pa.Table) -> Iterator[SourceFile]:
+    """Files of a table of FILE_SCHEMA, piece by piece."""
+    for batch in table.select(FILE_SCHEMA.names).to_batches(BATCH):
+        for row in batch.to_pylist():
+            yield SourceFile(**row)
+
+
+def _known_files(pattern: str, input_format: str, counts: dict[str, int]) -> Iterator[SourceFile]:
+    path = storage.normal(pattern)
+    for info, root in _expand(path):
+        counts["matches"] += 1
+        file = _source_file(info, root, input_format)
+        if file is not None:
+            yield file
+
+
+def _expand(path: str) -> Iterator[tuple[FileInfo, str]]:
     """Files and the folder that their names are relative to."""
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        for file in sorted(path.rglob("*")):
-            parts = file.relative_to(path).parts
-            # Names that begin with _ or . are not data: _SUCCESS, _dead_letters, unfinished files.
-            if file.is_file() and not any(part.startswith(("_", ".")) for part in parts):
-                yield file, path
-    elif path.is_file():
-        yield path, path.parent
+    if any(char in path for char in "*?[") and storage.stat(path) is None:
+        for match in storage.glob(path):
+            yield from _below(match)
     else:
-        for name in sorted(glob.glob(str(path), recursive=True)):
-            yield from _expand(name)
+        yield from _below(path)
 
 
-def _input_file(path: Path, root: Path, input_format: str) -> InputFile | None:
-    name = path.relative_to(root)
+def _below(path: str) -> Iterator[tuple[FileInfo, str]]:
+    for info in storage.find(path):
+        if info.path == path:
+            yield info, path.rpartition("/")[0]
+            continue
+        parts = info.path[len(path) + 1 :].split("/")
+        # Names that begin with _ or . are not data: _SUCCESS, _dead_letters, unfinished files.
+        if not any(part.startswith(("_", ".")) for part in parts):
+            yield info, path
+
+
+def _source_file(info: FileInfo, root: str, input_format: str) -> SourceFile | None:
+    name = PurePosixPath(info.path[len(root) + 1 :])
     if name.suffix.lower() in COMPRESSED_SUFFIXES:
         name = name.with_suffix("")
     last = name.suffix.lower()
@@ -121,48 +214,92 @@ def _input_file(path: Path, root: Path, input_format: str) -> InputFile | None:
     if format_ is None:
         return None
     stem = name.with_suffix("") if known else name
-    return InputFile(str(path), stem.as_posix(), format_)
+    return SourceFile(info.path, stem.as_posix(), format_, info.size, info.version)
+
+
+# ---- slices -----------------------------------------------------------------------------------
 
 
 def plan_units(
-    files: Sequence[InputFile], unit_bytes: int, text_column: str, limit: int | None = None
-) -> list[Unit]:
-    """Units of about `unit_bytes`, in input order.
+    files: Iterable[SourceFile],
+    unit_bytes: int,
+    text_column: str,
+    limit: int | None = None,
+    suffix: str = "",
+) -> Iterator[Unit]:
+    """Units of about `unit_bytes`, in the order of the files.
+
+    A file whose footer cannot be read becomes one unit: its reader will find out why.
+
+    Args:
+        suffix: at the end of every output name, for files whose plain name is in use.
 
     Raises:
-        ConfigError: a file cannot be opened, or two units would write the same output.
+        StorageError: a file cannot be opened.
     """
-    units: list[Unit] = []
-    for file in files:
-        slices = (
-            _parquet_slices(file, unit_bytes, text_column)
-            if file.format == "parquet"
-            else (_jsonl_slices(file, unit_bytes))
-        )
-        units += _name(file, list(slices))
-    doubled = [name for name, count in Counter(unit.output for unit in units).items() if count > 1]
-    if doubled:
-        paths = sorted({unit.path for unit in units if unit.output in doubled})
-        raise ConfigError(
-            f"{len(doubled)} output names would be written twice ({', '.join(doubled[:3])}), by "
-            f"{', '.join(paths[:4])}: give one folder above them as --input, or rename the files"
-        )
-    return units if limit is None else list(_limited(units, limit))
+    units = (
+        unit
+        for file, slices in _sliced(files, unit_bytes, text_column)
+        for unit in _named(file, slices, suffix)
+    )
+    return units if limit is None else _limited(units, limit)
 
 
-def _name(file: InputFile, slices: Sequence[dict[str, Any]]) -> Iterator[Unit]:
+def require_unique(units: pa.Table) -> None:
+    """Raises a ConfigError if two units would write one output."""
+    counts = units.group_by("output").aggregate([("id", "count")])
+    doubled = counts.filter(pc.greater(counts["id_count"], 1))["output"]
+    if not len(doubled):
+        return
+    paths = units.filter(pc.is_in(units["output"], doubled))["path"].unique().to_pylist()
+    raise ConfigError(
+        f"{len(doubled)} output names would be written twice ({', '.join(doubled.to_pylist()[:3])})"
+        f", by {', '.join(sorted(paths)[:4])}: give one folder above them as --input, or rename "
+        f"the files"
+    )
+
+
+def _sliced(
+    files: Iterable[SourceFile], unit_bytes: int, text_column: str
+) -> Iterator[tuple[SourceFile, list[dict[str, Any]]]]:
+    def slices(file: SourceFile) -> list[dict[str, Any]]:
+        if file.format == "parquet":
+            return list(_parquet_slices(file, unit_bytes, text_column))
+        return list(_jsonl_slices(file, unit_bytes))
+
+    files = iter(files)
+    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+        while some := list(islice(files, BATCH)):
+            footers = any(file.format == "parquet" for file in some)
+            yield from zip(some, (pool.map if footers else map)(slices, some), strict=True)
+
+
+def _named(file: SourceFile, slices: Sequence[dict[str, Any]], suffix: str) -> Iterator[Unit]:
     for i, part in enumerate(slices):
-        output = file.name if len(slices) == 1 else f"{file.name}-{i:05d}"
-        identity = f"{file.name}|{part.get('row_groups')}|{part.get('start')}|{part.get('end')}"
-        unit_id = hashlib.sha256(identity.encode()).hexdigest()[:16]
-        yield Unit(id=unit_id, path=file.path, format=file.format, output=output, **part)
+        output = (file.name if len(slices) == 1 else f"{file.name}-{i:05d}") + suffix
+        identity = (
+            f"{file.path}|{file.size}|{file.version}|{part.get('row_groups')}|{part.get('start')}"
+            f"|{part.get('end')}"
+        )
+        yield Unit(
+            id=hashlib.sha256(identity.encode()).hexdigest()[:16],
+            path=file.path,
+            format=file.format,
+            output=output,
+            version=file.version,
+            **part,
+        )
 
 
-def _parquet_slices(file: InputFile, unit_bytes: int, text_column: str) -> Iterator[dict[str, Any]]:
+def _parquet_slices(
+    file: SourceFile, unit_bytes: int, text_column: str
+) -> Iterator[dict[str, Any]]:
     try:
-        footer = pq.read_metadata(file.path)
-    except (OSError, pa.ArrowException) as error:
-        raise ConfigError(f"{file.path}: not a readable Parquet file: {error}") from error
+        with storage.InputFile(file.path) as source:
+            footer = pq.read_metadata(pa.PythonFile(source, mode="r"))
+    except FOOTER_ERRORS:
+        yield {"n_bytes": file.size}
+        return
     sizes, rows = [], []
     for group in range(footer.num_row_groups):
         meta = footer.row_group(group)
@@ -195,17 +332,12 @@ def _pack(sizes: Sequence[int], limit: int) -> list[list[int]]:
     return packs
 
 
-def _jsonl_slices(file: InputFile, unit_bytes: int) -> Iterator[dict[str, Any]]:
-    try:
-        size = Path(file.path).stat().st_size
-        Path(file.path).open("rb").close()
-    except OSError as error:
-        raise ConfigError(f"{file.path}: cannot be read: {error.strerror}") from error
-    if file.path.lower().endswith(COMPRESSED_SUFFIXES) or size <= unit_bytes:
-        yield {"n_bytes": size}
+def _jsonl_slices(file: SourceFile, unit_bytes: int) -> Iterator[dict[str, Any]]:
+    if file.path.lower().endswith(COMPRESSED_SUFFIXES) or file.size <= unit_bytes:
+        yield {"n_bytes": file.size}
         return
-    for start in range(0, size, unit_bytes):
-        end = min(start + unit_bytes, size)
+    for start in range(0, file.size, unit_bytes):
+        end = min(start + unit_bytes, file.size)
         yield {
             "start": start,
             "end": end,
@@ -216,13 +348,14 @@ def _jsonl_slices(file: InputFile, unit_bytes: int) -> Iterator[dict[str, Any]]:
 
 def _limited(units: Iterable[Unit], limit: int) -> Iterator[Unit]:
     """The first units, up to so many rows; JSONL rows are counted by reading."""
-    from dataclasses import replace
-
     from erniem_batch.job.read import count_rows
 
     for unit in units:
         if limit <= 0:
             return
         n_rows = unit.n_rows if unit.n_rows is not None else count_rows(unit, limit)
+        if n_rows is None:  # damaged: its reader will say so
+            yield unit
+            continue
         yield replace(unit, max_rows=min(n_rows, limit))
         limit -= n_rows

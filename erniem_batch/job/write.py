@@ -1,22 +1,20 @@
-"""One output file for a unit: written under a temporary name, made visible in one step."""
+"""One output file for a unit: made visible in one step, with marks that say what it is."""
 
+import base64
 import json
-import os
-import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from erniem_batch.job.units import Unit
-from erniem_batch.records import Entity, Failure, Prediction
+from erniem_batch import storage
+from erniem_batch.records import Entity, Prediction
 
-DEAD_LETTERS = "_dead_letters"
+MARKS = b"erniem_batch"
+SIDECARS = "_run/sidecars"
 
 ENTITY = pa.struct(
     [
@@ -62,40 +60,87 @@ def add_predictions(table: pa.Table, predictions: Sequence[Prediction]) -> pa.Ta
     return table
 
 
-@contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that appears under its name when all of it is on the disk, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """What an output file says about itself; from it alone a unit is known to be done.
+
+    Attributes:
+        unit: id of the unit.
+        fingerprint: of the settings it was made with.
+        source: file, version and slice.
+        counts: as in the receipt.
+        n_bytes: size of the file; JSONL only, whose marks are kept apart.
+    """
+
+    unit: str
+    fingerprint: str
+    source: dict[str, Any]
+    counts: dict[str, int]
+    n_bytes: int | None = None
 
 
-def write_tables(path: Path, tables: Iterable[pa.Table], output_format: str) -> int:
-    """Writes tables of one schema into one file; gives the number of rows."""
+def write_tables(
+    output: str, name: str, tables: Iterable[pa.Table], marks: Callable[[], Marks]
+) -> tuple[int, int]:
+    """Writes tables into one file, which appears when all of it is there, with its marks.
+
+    Args:
+        name: of the file in the output folder; its suffix says the format.
+        marks: asked for when the last table has been written.
+
+    Returns:
+        Rows and bytes of the file.
+    """
     n_rows = 0
-    with atomic_file(path) as file:
-        write = _write_jsonl if output_format == "jsonl" else _write_parquet
-        for table in write(file, tables):
+    with storage.new_file(storage.join(output, name)) as file:
+        jsonl = name.endswith(".jsonl")
+        for table in (_write_jsonl if jsonl else _write_parquet)(file, tables, marks):
             n_rows += len(table)
-    return n_rows
+        n_bytes = file.tell()
+        if jsonl:  # before the data, which without it would count for nothing
+            text = json.dumps(asdict(replace(marks(), n_bytes=n_bytes)), sort_keys=True)
+            storage.write(sidecar(output, name), text.encode())
+    return n_rows, n_bytes
 
 
-def _write_jsonl(file: IO[bytes], tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+def read_marks(output: str, name: str) -> Marks | None:
+    """The marks of an output file; None if there is no such file, or it is not one of ours."""
+    path = storage.join(output, name)
+    try:
+        if name.endswith(".jsonl"):
+            info, text = storage.stat(path), storage.read(sidecar(output, name))
+            marks = None if info is None or text is None else Marks(**json.loads(text))
+            return marks if marks and info and marks.n_bytes == info.size else None
+        with storage.InputFile(path) as source:
+            metadata = pq.read_metadata(pa.PythonFile(source, mode="r")).metadata
+        return Marks(**json.loads(metadata[MARKS]))
+    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError):
+        return None
+
+
+def sidecar(output: str, name: str) -> str:
+    """Where the marks of a JSONL file are."""
+    return f"{output}/{SIDECARS}/{name}.json"
+
+
+def _write_jsonl(
+    file: IO[bytes], tables: Iterable[pa.Table], marks: Callable[[], Marks]
+) -> Iterator[pa.Table]:
     for table in tables:
         for row in table.to_pylist():
-            line = json.dumps(row, ensure_ascii=False, default=str)
+            line = json.dumps(row, ensure_ascii=False, default=_plain)
             file.write(line.encode("utf-8") + b"\n")
         yield table
 
 
-def _write_parquet(file: IO[bytes], tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+def _plain(value: Any) -> str:
+    """What JSON has no type for: bytes in base64, all else as Python writes it."""
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
+
+
+def _write_parquet(
+    file: IO[bytes], tables: Iterable[pa.Table], marks: Callable[[], Marks]
+) -> Iterator[pa.Table]:
     writer = None
     try:
         for table in tables:
@@ -103,24 +148,11 @@ def _write_parquet(file: IO[bytes], tables: Iterable[pa.Table]) -> Iterator[pa.T
                 writer = pq.ParquetWriter(file, table.schema, compression="zstd")
             writer.write_table(table)
             yield table
-    finally:  # also after an error: left to the garbage collector, it writes to a closed file
+        if writer is not None:
+            text = json.dumps(asdict(marks()), sort_keys=True)
+            writer.add_key_value_metadata({MARKS: text.encode()})
+    finally:
+        # After an error too: left to the garbage collector it writes to a closed file. What it
+        # writes here then is thrown away with the file.
         if writer is not None:
             writer.close()
-
-
-def write_dead_letters(folder: Path, unit: Unit, failures: dict[int, Failure]) -> None:
-    """Why rows of a unit have no output: one JSON line each, in the order of the input.
-
-    The file has the name of the unit's output file, under `_dead_letters/`.
-    """
-    with atomic_file(folder / DEAD_LETTERS / f"{unit.output}.jsonl") as file:
-        for row, failure in sorted(failures.items()):
-            why = asdict(failure)
-            del why["id"]
-            letter: dict[str, Any] = {
-                "source_file": unit.path,
-                "source_row": row,
-                "unit": unit.id,
-                **why,
-            }
-            file.write(json.dumps(letter, ensure_ascii=False).encode("utf-8") + b"\n")

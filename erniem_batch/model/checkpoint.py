@@ -11,6 +11,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, ClassVar, Self
 
@@ -71,7 +72,7 @@ class PreTrainedModel(nn.Module):
         folder = Path(folder)
         config = config or ErnieMConfig.from_pretrained(folder)
         if mask_mode is not None:
-            config = replace_config(config, mask_mode=mask_mode)
+            config = replace(config, mask_mode=mask_mode)
         with torch.device("meta"):
             model = cls(config)
         wanted = model.state_dict()
@@ -95,7 +96,7 @@ class PreTrainedModel(nn.Module):
         tensors = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
         dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         extra = {**self.config.extra, "torch_dtype": dtype, "transformers_version": "4.40.2"}
-        config = replace_config(self.config, architectures=[type(self).__name__], extra=extra)
+        config = replace(self.config, architectures=[type(self).__name__], extra=extra)
         config.save_pretrained(folder)
         # Never written in place: this or another process may have the old file memory-mapped.
         partial, path = folder / "model.safetensors.partial", folder / "model.safetensors"
@@ -121,13 +122,6 @@ class PreTrainedModel(nn.Module):
             module.weight.fill_(1.0)
         if isinstance(module, nn.Linear | nn.LayerNorm):
             module.bias.zero_()
-
-
-def replace_config(config: ErnieMConfig, **changes: Any) -> ErnieMConfig:
-    """dataclasses.replace, typed."""
-    from dataclasses import replace
-
-    return replace(config, **changes)
 
 
 def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:

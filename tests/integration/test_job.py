@@ -1,22 +1,35 @@
 """The batch job from end to end. Each run costs seconds, so each proves several things."""
 
+import hashlib
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fakes import DyingTagger, RaisingTagger, write_bytes, write_jsonl, write_parquet
+from fakes import (
+    KILLER,
+    DyingTagger,
+    RaisingTagger,
+    RefusingTagger,
+    write_bytes,
+    write_jsonl,
+    write_parquet,
+)
 
 from erniem_batch import pipeline
 from erniem_batch.errors import ConfigError, JobError
-from erniem_batch.job import JobConfig, run, run_job
+from erniem_batch.job import JobConfig, replay_job, result_files, run, run_job
 from erniem_batch.job.cluster import connect
-from erniem_batch.job.write import ADDED_SCHEMA, DEAD_LETTERS
+from erniem_batch.job.letters import DEAD_LETTERS
+from erniem_batch.job.stream import stream
+from erniem_batch.job.write import ADDED_SCHEMA
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -57,15 +70,30 @@ def corpus(tmp_path_factory):
 
 def _read_back(output):
     """(file, rows) of all output files, in the order of the input."""
-    paths = sorted(p for p in output.rglob("*.parquet") if DEAD_LETTERS not in p.parts)
+    paths = [Path(path) for path in result_files(str(output))]
+    there = {p for p in output.rglob("*.parquet") if not {DEAD_LETTERS, "_run"} & {*p.parts}}
+    assert set(paths) == there
     return [(p.relative_to(output).as_posix(), pq.read_table(p).to_pylist()) for p in paths]
 
 
 def _letters(output):
     letters = []
-    for path in sorted((output / DEAD_LETTERS).rglob("*.jsonl")):
-        letters += map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    for path in sorted((output / DEAD_LETTERS).rglob("*.parquet")):
+        letters += pq.read_table(path).to_pylist()
     return letters
+
+
+def _state(output):
+    """Content and time of all files that a reader sees."""
+    files = [p for p in output.rglob("*") if p.is_file() and "_run" not in p.parts]
+    return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in files if p.name[0] != "."}
+
+
+def _succeeded(output):
+    if not (output / "_SUCCESS").exists():
+        return False
+    digest = json.loads((output / "_SUCCESS").read_bytes())["manifest_sha256"]
+    return digest == hashlib.sha256((output / "_manifest.json").read_bytes()).hexdigest()
 
 
 def _config(source, output, model, **options):
@@ -120,7 +148,11 @@ def test_parquet(parquet_run, corpus):
     assert len({receipt.unit_id for receipt in receipts}) == 9
     own = pq.read_schema(corpus / "parquet" / "part-00000.parquet")
     for name in names:
-        assert pq.read_schema(output / name).equals(pa.schema([*own, *ADDED_SCHEMA]))
+        schema = pq.read_schema(output / name).remove_metadata()
+        assert schema.equals(pa.schema([*own, *ADDED_SCHEMA]))
+    assert {receipt.output for receipt in receipts} == set(names)
+    assert not (output / "_SUCCESS").exists()  # three dead letters are more than were allowed
+    assert json.loads((output / "_run" / "report.json").read_bytes())["n_ok"] == 57
 
 
 def test_jsonl(jsonl_run):
@@ -178,39 +210,209 @@ def test_dead_letters(parquet_run, jsonl_run, kind):
         ("part-00001", 15),
     ]
     assert {x["reason"] for x in letters} == {"text must be a string, got null"}
-    leftovers = [p for p in output.rglob("*") if p.name.startswith(".") or p.suffix == ".tmp"]
-    assert leftovers == []
+    assert {x["attempts"] for x in letters} == {1}
+    if kind == "parquet":
+        assert [x["row"] for x in letters] == [_rows()[i] for i in (4, 17, 55)]
+    else:
+        assert [json.loads(x["line"]) for x in letters] == [_rows()[i] for i in (4, 17, 55)]
+    assert [p for p in output.rglob("*.tmp")] == []
+    assert list((output / "_run" / "attempts").glob("*.json")) == []
 
 
-def test_second_run_into_the_same_folder_is_refused(parquet_run, corpus, ner_model_dir):
+# ---- once more --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_ray(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("there was nothing to do, yet Ray was started")
+
+    monkeypatch.setattr(run, "connect", refuse)
+
+
+def test_second_run_does_nothing(parquet_run, corpus, ner_model_dir, no_ray):
+    """The size of units counts only for files that are new."""
+    first, _, output = parquet_run
+    before = _state(output)
+    for unit_bytes in (100, 5000):
+        report = run_job(_config(corpus / "parquet", output, ner_model_dir, unit_bytes=unit_bytes))
+        assert (report.n_units, report.n_units_now, report.n_bytes_read) == (9, 0, 0)
+        assert (report.n_rows, report.n_entities) == (first.n_rows, first.n_entities)
+        assert report.exit_code == 4
+    assert _state(output) == before
+    config = _config(corpus / "parquet", output, ner_model_dir, max_dead_letters="5%")
+    assert run_job(config).exit_code == 0
+    assert _succeeded(output)
+    (output / "_SUCCESS").unlink()
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"min_score": 0.5}, "--min-score was 0.0, now 0.5"),
+        ({"columns": "id"}, r"--columns was None, now \['id'\]"),
+        ({"window_tokens": 40}, "--window-tokens was 64, now 40"),
+    ],
+)
+def test_other_settings_are_refused(parquet_run, corpus, ner_model_dir, no_ray, options, name):
     output = parquet_run[2]
-    before = {p: p.stat().st_mtime_ns for p in output.rglob("*")}
-    with pytest.raises(ConfigError, match="holds results already"):
-        run_job(_config(corpus / "parquet", output, ner_model_dir, unit_bytes=100))
-    assert {p: p.stat().st_mtime_ns for p in output.rglob("*")} == before
+    before = _state(output)
+    with pytest.raises(ConfigError, match=f"made with other settings: {name}"):
+        run_job(_config(corpus / "parquet", output, ner_model_dir, **options))
+    assert _state(output) == before
 
 
-def test_a_unit_that_cannot_be_read_does_not_stop_the_others(
-    tmp_path, corpus, ner_model_dir, local_ray
-):
-    """Its pages are damaged, its footer isn't: nothing is seen before the work."""
-    table = pa.table({"text": [f"Ada {i * 7919}" for i in range(3000)]})
+def test_night_after_night(tmp_path, ner_model_dir, local_ray):
+    """New, changed and removed files; an output that is lost; other settings; each but once."""
+    source, output = tmp_path / "in", tmp_path / "out"
+
+    def night(expected, rows, **options):
+        config = _config(source, output, ner_model_dir, actors="1", **options)
+        receipts = []
+        report = run_job(config, on_receipt=receipts.append)
+        assert report.exit_code == 0
+        assert _succeeded(output)
+        assert sorted(receipt.output for receipt in receipts) == expected
+        files = _read_back(output)
+        assert sorted(row["text"] for _, rows in files for row in rows) == sorted(rows)
+        assert (report.n_rows, report.n_ok) == (len(rows), len(rows))
+        return report
+
+    write_jsonl(source / "a.jsonl", [{"text": "a1"}])
+    write_jsonl(source / "b.jsonl", [{"text": "b1"}, {"text": "b2"}])
+    night(["a.parquet", "b.parquet"], ["a1", "b1", "b2"])
+    write_jsonl(source / "c.jsonl", [{"text": "c1"}])
+    night(["c.parquet"], ["a1", "b1", "b2", "c1"])
+    write_jsonl(source / "a.jsonl", [{"text": "a2"}, {"text": "a3"}])
+    night(["a.3.parquet"], ["a2", "a3", "b1", "b2", "c1"])
+    (source / "b.jsonl").unlink()
+    assert night([], ["a2", "a3", "b1", "b2", "c1"]).n_removed_inputs == 1
+    (output / "c.parquet").unlink()
+    night(["c.parquet"], ["a2", "a3", "b1", "b2", "c1"])
+    night(["a.4.parquet", "c.4.parquet"], ["a2", "a3", "c1"], min_score=0.9, overwrite=True)
+    assert _state(output).keys() == {
+        output / name for name in ("a.4.parquet", "c.4.parquet", "_manifest.json", "_SUCCESS")
+    }
+
+
+def test_a_ledger_that_is_lost(tmp_path, ner_model_dir, local_ray, monkeypatch):
+    """It is a cache: the files themselves say what is done."""
+    write_jsonl(tmp_path / "in" / "a.jsonl", [{"text": "Ada"}, {"text": "Bob"}])
+    config = _config(tmp_path / "in", tmp_path / "out", ner_model_dir)
+    first = run_job(config)
+    shutil.rmtree(tmp_path / "out" / "_run" / "ledger")
+    before = _state(tmp_path / "out")
+    second = run_job(config)
+    assert (second.n_units_now, second.n_ok) == (0, first.n_ok)
+    after = _state(tmp_path / "out")
+    assert {p: content for p, (content, _) in after.items()} == {
+        p: content for p, (content, _) in before.items()
+    }
+
+
+@pytest.mark.parametrize(("suffix", "output_format"), [("jsonl", "jsonl"), ("parquet", "parquet")])
+def test_replay(tmp_path, ner_model_dir, local_ray, monkeypatch, suffix, output_format):
+    """A row that once could not be tagged is tagged; the input may be gone by then."""
+    rows = [{"id": i, "text": text} for i, text in enumerate(["Ada", KILLER, None, "Bob"])]
+    source = tmp_path / "in" / f"a.{suffix}"
+    if suffix == "jsonl":
+        write_jsonl(source, rows)
+    else:
+        write_parquet(source, pa.Table.from_pylist(rows))
+    output = tmp_path / "out"
+    config = _config(
+        source, output, ner_model_dir, actors="1", columns="id", output_format=output_format
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "stream", partial(stream, tagger=RefusingTagger))
+        report = run_job(config)
+    assert (report.n_ok, report.n_dead, report.exit_code) == (2, 2, 4)
+    source.unlink()
+    for n in (1, 2):
+        report = replay_job(str(output), {})
+        assert (report.n_rows, report.n_ok, report.n_dead, report.n_units_now) == (4, 3, 1, 1)
+        (letter,) = _letters(output)
+        assert letter["source_row"] == 2
+        kept = letter["row"] if suffix == "parquet" else json.loads(letter["line"])
+        assert kept == rows[2]
+        names = [f"a.{output_format}"]
+        names += [f"a.replay-{i}.{output_format}" for i in range(1, n + 1)]
+        assert [Path(path).name for path in result_files(str(output))] == names
+    if output_format == "parquet":
+        ids = [row["id"] for _, rows in _read_back(output) for row in rows]
+        assert ids == [0, 3, 1]
+
+
+# ---- faults -----------------------------------------------------------------------------------
+
+
+def test_damaged_pages_do_not_stop_the_others(tmp_path, corpus, ner_model_dir, local_ray):
+    """The footer is whole: nothing is seen before the work."""
+    table = pa.table({"text": [f"Ada {i * 7919}" for i in range(60)]})
     for name in ("a", "b", "c"):
-        write_parquet(tmp_path / "in" / f"{name}.parquet", table.slice(0, 20))
-    damaged = write_parquet(tmp_path / "in" / "b.parquet", table)
+        write_parquet(tmp_path / "in" / f"{name}.parquet", table, group_rows=20)
+    damaged = tmp_path / "in" / "b.parquet"
+    column = pq.read_metadata(damaged).row_group(1).column(0)
+    start, size = column.dictionary_page_offset, column.total_compressed_size
     content = bytearray(damaged.read_bytes())
-    content[200:4000] = b"\xff" * 3800
+    content[start : start + size] = b"\xff" * size
     damaged.write_bytes(content)
     report = run_job(_config(tmp_path / "in", tmp_path / "out", ner_model_dir))
-    assert report.exit_code == 3
-    (failed,) = report.failed_units
-    assert failed.output.endswith("b.parquet")
-    assert failed.error
+    assert (report.exit_code, report.n_ok, report.n_dead) == (4, 160, 20)
     assert [(name, len(rows)) for name, rows in _read_back(tmp_path / "out")] == [
-        ("a.parquet", 20),
-        ("c.parquet", 20),
+        ("a.parquet", 60),
+        ("b.parquet", 40),
+        ("c.parquet", 60),
     ]
-    assert not list((tmp_path / "out").rglob("*.tmp"))
+    (letter,) = _letters(tmp_path / "out")
+    assert (letter["source_row"], letter["n_rows"]) == (20, 20)
+
+
+def test_an_error_of_ours_costs_one_unit_for_now(
+    tmp_path, ner_model_dir, local_ray, monkeypatch, caplog
+):
+    """The rest is done; the next run does what is missing. No text is told anywhere."""
+    for name in ("a", "b", "c"):
+        write_jsonl(tmp_path / "in" / f"{name}.jsonl", [{"text": "canary words"}])
+    config = _config(tmp_path / "in", tmp_path / "out", ner_model_dir)
+    monkeypatch.setattr(logging.getLogger("erniem_batch"), "propagate", True)
+    receipts = []
+    with monkeypatch.context() as patch, caplog.at_level(logging.INFO):
+        patch.setattr(run, "stream", partial(stream, tagger=RaisingTagger))
+        report = run_job(config, on_receipt=receipts.append)
+    assert (report.exit_code, report.n_missing, report.n_ok) == (3, 1, 2)
+    (failed,) = report.failed_units
+    assert failed.output == "b.parquet"
+    assert failed.error.startswith("LookupError in fakes.py:")
+    assert "unit failed output=b.parquet" in caplog.text
+    assert "canary" not in caplog.text + report.as_line() + repr(receipts)
+    assert not (tmp_path / "out" / "_manifest.json").exists()
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+    assert not [p for p in (tmp_path / "out" / "_run").rglob("*") if b"canary" in _content(p)]
+    report = run_job(config)
+    assert (report.exit_code, report.n_units_now, report.n_ok) == (0, 1, 3)
+    assert _succeeded(tmp_path / "out")
+
+
+def _content(path):
+    return path.read_bytes() if path.is_file() else b""
+
+
+def test_a_row_that_kills_its_process(tmp_path, ner_model_dir, local_ray, monkeypatch):
+    """It ends in the dead letters, and no row beside it, nor of the other unit in the process."""
+    killers = [("b.parquet", 7), ("b.parquet", 21), ("c.parquet", 0)]
+    for name in ("a.parquet", "b.parquet", "c.parquet", "d.parquet"):
+        texts = [KILLER if (name, i) in killers else f"Ada {i} in London" for i in range(40)]
+        write_parquet(tmp_path / "in" / name, pa.table({"text": texts}))
+    monkeypatch.setattr(run, "stream", partial(stream, tagger=DyingTagger))
+    report = run_job(
+        _config(tmp_path / "in", tmp_path / "out", ner_model_dir, actors="1", unit_bytes=1)
+    )
+    assert (report.n_ok, report.n_dead, report.exit_code) == (157, 3, 4)
+    letters = _letters(tmp_path / "out")
+    assert [(Path(x["source_file"]).name, x["source_row"]) for x in letters] == killers
+    assert {x["error"] for x in letters} == {"ProcessDied"}
+    assert {x["row"]["text"] for x in letters} == {KILLER}
 
 
 def test_actors_that_never_fit_are_refused(tmp_path, corpus, ner_model_dir, local_ray):
@@ -231,26 +433,9 @@ def test_actors_that_cannot_start_end_the_job(
         return connect(config)
 
     monkeypatch.setattr(run, "connect", connect_late)
-    with pytest.raises(JobError, match=r"the actors failed.*model\.safetensors"):
+    with pytest.raises(JobError, match=r"the actors failed.*holds another model"):
         run_job(_config(corpus / "jsonl", tmp_path / "out", model))
-    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
-
-
-@pytest.mark.parametrize(
-    ("tagger", "reason"),
-    [(RaisingTagger, "LookupError: nobody expects this"), (DyingTagger, "died")],
-)
-def test_a_unit_that_kills_its_actor_ends_the_job(
-    tmp_path, ner_model_dir, local_ray, monkeypatch, tagger, reason
-):
-    """With Ray Data's own settings it would be tried for ever. Finished units stay."""
-    for name in ("a", "b"):
-        write_jsonl(tmp_path / "in" / f"{name}.jsonl", [{"text": "Ada in London"}])
-    monkeypatch.setattr(run, "UnitTagger", tagger)
-    config = _config(tmp_path / "in", tmp_path / "out", ner_model_dir, actors="1")
-    with pytest.raises(JobError, match=f"the actors failed.*{reason}"):
-        run_job(config)
-    assert "b.parquet" not in [name for name, _ in _read_back(tmp_path / "out")]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"_run"}
 
 
 def test_command_line(tmp_path, ner_model_dir):

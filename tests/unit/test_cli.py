@@ -1,6 +1,5 @@
 import io
 import json
-import os
 import re
 from dataclasses import fields
 
@@ -10,11 +9,9 @@ from rich.console import Console
 
 from erniem_batch import cli
 from erniem_batch.cli import main
-from erniem_batch.errors import JobError
-from erniem_batch.job import JobConfig, RunReport
+from erniem_batch.errors import JobError, StorageError
+from erniem_batch.job import JobConfig, RunReport, Stopped
 from erniem_batch.job.actor import Receipt
-from erniem_batch.job.run import make_report
-from erniem_batch.job.units import Unit
 
 
 @pytest.fixture
@@ -34,7 +31,8 @@ def run(capsys, monkeypatch):
 
 def _report(**changes):
     values = dict.fromkeys((f.name for f in fields(RunReport)), 0)
-    return RunReport(**{**values, "output": "out", "failed_units": (), **changes})
+    values |= {"output": "out", "fingerprint": "f", "failed_units": (), "versions": {}}
+    return RunReport(**{**values, **changes})
 
 
 @pytest.mark.parametrize(
@@ -85,12 +83,21 @@ def test_a_model_that_cannot_be_used_is_wrong_usage(run, tmp_path):
         assert str(tmp_path / model) in err
 
 
-def test_second_run_into_the_same_folder(run, tmp_path):
+def test_files_of_somebody_else_in_the_output(run, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
-    write_jsonl(tmp_path / "out" / "a.parquet", [])
+    foreign = write_jsonl(tmp_path / "out" / "a.parquet", [])
     code, _, err = run("ner", "--input", source, "--output", tmp_path / "out")
     assert code == 2
-    assert "holds results already (a.parquet" in err
+    assert "that are not of this run but have its names (a.parquet)" in err
+    assert foreign.read_bytes() == b""
+
+
+def test_an_output_that_cannot_be_written(run, tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    (tmp_path / "file").touch()
+    code, _, err = run("ner", "--input", source, "--output", tmp_path / "file" / "out")
+    assert code == 2
+    assert "writing failed" in err
 
 
 def test_help_shows_every_setting(run):
@@ -100,6 +107,37 @@ def test_help_shows_every_setting(run):
         assert re.search(rf"--{field.name.replace('_', '-')}\b", out), field.name
     assert "--config" not in out
     assert "Exit codes" in out
+
+
+def test_help_of_replay(run):
+    code, out, _ = run("replay", "--help")
+    assert code == 0
+    for flag in ("--output", "--actors", "--address", "--max-dead-letters", "--unit-timeout"):
+        assert flag in out
+
+
+def test_replay_without_a_complete_run(run, tmp_path):
+    for output in (tmp_path / "absent", tmp_path):
+        code, out, err = run("replay", output)
+        assert (code, out) == (2, "")
+        assert f"{output} holds no complete run" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_replay_changes_only_what_it_is_told(run, monkeypatch):
+    seen = []
+
+    def fake_replay(output, changes):
+        seen.append((output, changes))
+        return _report(n_rows=5)
+
+    monkeypatch.setattr(cli, "replay_job", fake_replay)
+    assert run("replay", "out")[0] == 0
+    assert run("replay", "out", "--actors", "2", "--unit-timeout", "60")[0] == 0
+    assert seen == [
+        ("out", {"address": None}),
+        ("out", {"address": None, "actors": "2", "unit_timeout": 60.0}),
+    ]
 
 
 def test_help_and_version(run):
@@ -139,25 +177,47 @@ def test_flags_become_the_configuration(run, monkeypatch):
     assert on_receipt is None
     assert json.loads(out)["n_rows"] == 5
     run("ner")
-    assert seen[1][0] == JobConfig()
+    assert seen[1][0].output.startswith("out/ner-")
+    assert seen[1][0] == JobConfig(output=seen[1][0].output)
     assert seen[1][1] is not None  # the demo shows what it found
 
 
 @pytest.mark.parametrize(
-    ("changes", "code"),
+    ("changes", "code", "words"),
     [
-        ({}, 0),
-        ({"n_dead": 1}, 4),
-        ({"failed_units": (Receipt("u", "out/a", error="gone"),), "n_dead": 1}, 3),
+        ({}, 0, "done"),
+        ({"n_dead": 1}, 4, "dead letters in"),
+        ({"n_dead": 1, "n_dead_allowed": 1}, 0, "dead letters in"),
+        ({"n_missing": 1, "n_dead": 1}, 3, "run the same command again"),
+        ({"n_missing": 1, "failed_units": (Receipt("u", "a", error="gone [x]"),)}, 3, "gone [x]"),
+        ({"n_removed_inputs": 2}, 0, "inputs gone  2 (their results stay)"),
     ],
 )
-def test_exit_codes(run, monkeypatch, changes, code):
+def test_exit_codes(run, monkeypatch, changes, code, words):
     monkeypatch.setattr(cli, "run_job", lambda config, on_receipt=None: _report(**changes))
     found, out, err = run("ner")
     assert found == code
-    assert json.loads(out)["exit_code"] == code
-    if code:
-        assert "dead letters in" in err
+    summary = json.loads(out)
+    assert summary["exit_code"] == code
+    assert summary["failed_units"] == len(changes.get("failed_units", ()))
+    assert words in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (Stopped(), 143, "stopped; run the same command again"),
+        (StorageError("s3://b/x: reading failed"), 3, "s3://b/x: reading failed"),
+    ],
+)
+def test_exit_codes_of_what_ends_a_run(run, monkeypatch, error, code, words):
+    def end(config, on_receipt=None):
+        raise error
+
+    monkeypatch.setattr(cli, "run_job", end)
+    found, out, err = run("ner")
+    assert (found, out) == (code, "")
+    assert words in err
 
 
 def test_a_job_that_breaks_off(run, monkeypatch):
@@ -168,18 +228,6 @@ def test_a_job_that_breaks_off(run, monkeypatch):
     code, _, err = run("ner")
     assert code == 3
     assert "the actors failed [/x]: MemoryError" in err
-
-
-def test_report_counts_units_without_receipt():
-    units = [Unit(id=str(i), path="a", format="jsonl", output=f"a-{i}") for i in range(3)]
-    receipts = [
-        Receipt("0", "out/a-0", n_rows=5, n_ok=4, n_dead=1),
-        Receipt("1", "out/a-1", error="OSError: gone"),
-    ]
-    report = make_report(receipts, units, "out", 2.0, 1.0, 0.25)
-    assert (report.n_rows, report.n_ok, report.n_dead, report.n_units) == (5, 4, 1, 3)
-    assert [r.unit_id for r in report.failed_units] == ["1", "2"]
-    assert report.exit_code == 3
 
 
 def test_highlight_marks_entities_and_cuts_long_texts():
@@ -199,11 +247,10 @@ def test_entity_view_shows_a_finished_file(tmp_path):
     import pyarrow.parquet as pq
 
     entity = {"start": 0, "end": 3, "label": "PER", "text": "Ada"}
-    path = os.fspath(tmp_path / "a.parquet")
     rows = [{"text": "Ada!", "lang": "en", "entities": [entity]}, {"text": "b", "entities": []}]
-    pq.write_table(pa.Table.from_pylist(rows), path)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     shown = io.StringIO()
-    view = cli.EntityView(Console(file=shown, width=80))
-    view(Receipt("1", path))
-    view(Receipt("2", "absent", error="gone"))
+    view = cli.EntityView(Console(file=shown, width=80), str(tmp_path))
+    view(Receipt("1", "a.parquet"))
+    view(Receipt("2", "absent.parquet", error="gone"))
     assert shown.getvalue().split() == ["en", "Ada", "PER!"]

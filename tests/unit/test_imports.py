@@ -17,8 +17,10 @@ WITHOUT_TORCH = (
     "batching.py",
     "config.py",
     "errors.py",
+    "isolation.py",
     "labels.py",
     "records.py",
+    "storage.py",
     "tasks/base.py",
     "tasks/ner.py",
     "text/pieces.py",
@@ -60,6 +62,12 @@ def test_ray_is_imported_when_it_is_needed(module):
 @pytest.mark.parametrize("module", WITHOUT_TORCH)
 def test_no_tensors_in_here(module):
     assert "torch" not in _packages(module)
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "storage.py"])
+def test_only_storage_knows_the_libraries_of_object_storage(module):
+    libraries = {"fsspec", "s3fs", "gcsfs", "adlfs", "botocore", "aiobotocore", "azure", "aiohttp"}
+    assert not _packages(module) & libraries
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -5,10 +5,14 @@ import pytest
 from erniem_batch.config import DEMO
 from erniem_batch.errors import ConfigError
 from erniem_batch.job import JobConfig
-from erniem_batch.job.cluster import THREADS_OF_A_LARGE_ACTOR, Pool, cluster_pool, local_pool
+from erniem_batch.job.cluster import (
+    RESTARTS,
+    THREADS_OF_A_LARGE_ACTOR,
+    Pool,
+    cluster_pool,
+    local_pool,
+)
 from erniem_batch.job.config import ADDED_COLUMNS
-from erniem_batch.job.run import prepare_output
-from erniem_batch.job.units import Unit
 
 
 @pytest.mark.parametrize(
@@ -22,6 +26,11 @@ from erniem_batch.job.units import Unit
         ({"num_gpus_per_actor": 1.5}, "--num-gpus-per-actor must be .*, got 1.5"),
         ({"num_gpus_per_actor": float("nan")}, "--num-gpus-per-actor must be .*, got nan"),
         ({"text_column": ""}, "--text-column must name a column"),
+        ({"unit_timeout": 0.0}, "--unit-timeout must be more than 0 seconds, got 0.0"),
+        ({"max_dead_letters": "many"}, "--max-dead-letters must be .* got 'many'"),
+        ({"max_dead_letters": "-1"}, "--max-dead-letters must be .* got '-1'"),
+        ({"max_dead_letters": "101%"}, "--max-dead-letters must be .* got '101%'"),
+        ({"max_dead_letters": "0.1"}, "--max-dead-letters must be .* got '0.1'"),
         ({"actors": "0"}, "--actors must be MIN:MAX .* got '0'"),
         ({"actors": "3:2"}, "--actors must be MIN:MAX"),
         ({"actors": "2-3"}, "--actors must be MIN:MAX"),
@@ -72,6 +81,20 @@ def test_actor_range(text, expected):
     assert JobConfig(actors=text).actor_range == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0", (0, None)),
+        (" 12 ", (12, None)),
+        ("0.1%", (None, 0.001)),
+        ("100%", (None, 1.0)),
+        ("0%", (None, 0.0)),
+    ],
+)
+def test_allowed_dead_letters(text, expected):
+    assert JobConfig(max_dead_letters=text).allowed_dead_letters == expected
+
+
 def test_predictor_gets_all_that_concerns_it():
     config = JobConfig(
         model="m",
@@ -103,15 +126,15 @@ def test_predictor_gets_all_that_concerns_it():
 @pytest.mark.parametrize(
     ("cores", "options", "expected"),
     [
-        (1, {}, Pool(1, 1, 1, 0, 0)),
-        (2, {}, Pool(1, 1, 2, 0, 0)),
-        (4, {}, Pool(1, 1, 4, 0, 0)),
-        (16, {}, Pool(1, 4, 4, 0, 0)),
-        (2, {"actors": "2:2"}, Pool(2, 2, 1, 0, 0)),
-        (2, {"actors": "2:2", "num_cpus_per_actor": 1}, Pool(2, 2, 1, 0, 0)),
-        (2, {"actors": "8"}, Pool(8, 8, 1, 0, 0)),
-        (8, {"num_cpus_per_actor": 2}, Pool(1, 4, 2, 0, 0)),
-        (8, {"num_gpus_per_actor": 1.0}, Pool(1, 1, 1, 1.0, 0)),
+        (1, {}, Pool(1, 1, 1, 0, RESTARTS)),
+        (2, {}, Pool(1, 1, 2, 0, RESTARTS)),
+        (4, {}, Pool(1, 1, 4, 0, RESTARTS)),
+        (16, {}, Pool(1, 4, 4, 0, RESTARTS)),
+        (2, {"actors": "2:2"}, Pool(2, 2, 1, 0, RESTARTS)),
+        (2, {"actors": "2:2", "num_cpus_per_actor": 1}, Pool(2, 2, 1, 0, RESTARTS)),
+        (2, {"actors": "8"}, Pool(8, 8, 1, 0, RESTARTS)),
+        (8, {"num_cpus_per_actor": 2}, Pool(1, 4, 2, 0, RESTARTS)),
+        (8, {"num_gpus_per_actor": 1.0}, Pool(1, 1, 1, 1.0, RESTARTS)),
     ],
 )
 def test_actors_of_one_machine(cores, options, expected):
@@ -121,38 +144,16 @@ def test_actors_of_one_machine(cores, options, expected):
 @pytest.mark.parametrize(
     ("nodes", "options", "expected"),
     [
-        ([{"CPU": 9}, {"CPU": 25}], {}, Pool(1, 8, 4, 0, 3)),
-        ([{"CPU": 2}], {}, Pool(1, 2, 1, 0, 3)),  # never larger than what a node can hold
-        ([], {}, Pool(1, 1, THREADS_OF_A_LARGE_ACTOR, 0, 3)),
-        ([{"CPU": 8, "GPU": 4}, {"CPU": 9}], {"num_gpus_per_actor": 0.5}, Pool(1, 8, 1, 0.5, 3)),
-        ([{"CPU": 9}], {"actors": "2:9", "num_cpus_per_actor": 2}, Pool(2, 9, 2, 0, 3)),
+        ([{"CPU": 9}, {"CPU": 25}], {}, Pool(1, 8, 4, 0, RESTARTS)),
+        ([{"CPU": 2}], {}, Pool(1, 2, 1, 0, RESTARTS)),  # never larger than what a node can hold
+        ([], {}, Pool(1, 1, THREADS_OF_A_LARGE_ACTOR, 0, RESTARTS)),
+        (
+            [{"CPU": 8, "GPU": 4}, {"CPU": 9}],
+            {"num_gpus_per_actor": 0.5},
+            Pool(1, 8, 1, 0.5, RESTARTS),
+        ),
+        ([{"CPU": 9}], {"actors": "2:9", "num_cpus_per_actor": 2}, Pool(2, 9, 2, 0, RESTARTS)),
     ],
 )
 def test_actors_of_a_cluster(nodes, options, expected):
     assert cluster_pool(JobConfig(**options), nodes) == expected
-
-
-# ---- output -------------------------------------------------------------------------------------
-
-UNITS = [Unit(id="1", path="a", format="jsonl", output=name) for name in ("a", "sub/b")]
-
-
-def test_output_folder_is_made(tmp_path):
-    output = prepare_output(JobConfig(output=str(tmp_path / "x" / "y")), UNITS)
-    assert output.is_dir()
-    assert list(output.iterdir()) == []
-
-
-def test_output_that_holds_results(tmp_path):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "b.parquet").touch()
-    with pytest.raises(ConfigError, match=r"holds results already \(sub/b\.parquet"):
-        prepare_output(JobConfig(output=str(tmp_path)), UNITS)
-
-
-def test_output_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="cannot be written"):
-        prepare_output(JobConfig(output=str(tmp_path / "file" / "out")), UNITS)
-    with pytest.raises(ConfigError, match="only local folders"):
-        prepare_output(JobConfig(output="s3://bucket/out"), UNITS)

@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 import sys
 import threading
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from erniem_batch import ErnieMConfig, ErnieMForTokenClassification, ErnieMModel, ErnieMTokenizer
 from erniem_batch import pipeline as public_pipeline
 from erniem_batch.config import PredictorConfig
-from erniem_batch.errors import CheckpointError, ConfigError, RecordError
+from erniem_batch.errors import CheckpointError, ConfigError, DeviceError, RecordError
 from erniem_batch.predictor import Predictor
 from erniem_batch.records import Encoded, Failure, Prediction, Record
 
@@ -260,20 +261,29 @@ def test_windows_hold_the_tokens_between_special_ones(predictor, tokenizer, text
 # ---- failures of the model --------------------------------------------------------------------
 
 
-def test_a_failing_forward_pass_is_halved_until_one_window_is_left(tokenizer, labelled, word_ids):
-    guilty = SECOND
-    model = LookupModel(labelled, fails_on=word_ids[guilty])
-    predictor = make_predictor(model, tokenizer)
-    texts = [f"{FIRST} voor"] * 9
-    texts[5] = f"{FIRST} {guilty} hidden words"
-    outcomes = predictor.predict(_records(texts))
-    for i, outcome in enumerate(outcomes):
-        if i == 5:
-            reason = f"a kernel does not like token {word_ids[guilty]}"
-            assert outcome == Failure("id-5", "forward", "RuntimeError", reason)
-        else:
-            assert [e.word for e in outcome.value] == [FIRST]
-    assert len(model.batches) <= 9  # by halves, not one by one
+def test_a_guilty_window_fails_alone_and_is_found_in_few_passes(tokenizer, labelled, word_ids):
+    """Of n windows at any place: at most ceil(log2(n)) + 1 passes besides the normal one."""
+    reason = f"a kernel does not like token {word_ids[SECOND]}"
+    for n_windows in (1, 2, 3, 9, 16):
+        for guilty in range(n_windows):
+            model = LookupModel(labelled, fails_on=word_ids[SECOND])
+            texts = [f"{FIRST} voor"] * n_windows
+            texts[guilty] = f"{FIRST} {SECOND} hidden words"
+            outcomes = make_predictor(model, tokenizer).predict(_records(texts))
+            assert outcomes.pop(guilty) == Failure(
+                f"id-{guilty}", "forward", "RuntimeError", reason
+            )
+            assert all([e.word for e in o.value] == [FIRST] for o in outcomes)
+            assert len(model.batches) <= 1 + math.ceil(math.log2(n_windows)) + 1
+
+
+def test_a_long_reason_is_cut(tokenizer, labelled):
+    class Wordy(LookupModel):
+        def forward(self, ids_BL):
+            raise RuntimeError("x" * 1000 + "\nsecond line")
+
+    (outcome,) = make_predictor(Wordy(labelled), tokenizer).predict(_records([FIRST]))
+    assert outcome.reason == "x" * 300
 
 
 def test_a_record_fails_with_one_of_its_windows(tokenizer, labelled, word_ids):
@@ -287,16 +297,109 @@ def test_a_record_fails_with_one_of_its_windows(tokenizer, labelled, word_ids):
     assert isinstance(after, Prediction)
 
 
-def test_out_of_memory_is_halved_too(tokenizer, labelled):
-    class Hungry(LookupModel):
-        def forward(self, ids_BL):
-            if len(ids_BL) > 2:
-                raise torch.OutOfMemoryError("out of memory")
-            return super().forward(ids_BL)
+class Hungry(LookupModel):
+    """Memory for so many padded tokens; so many passes go well before it runs short."""
 
-    predictor = make_predictor(Hungry(labelled), tokenizer)
-    outcomes = predictor.predict(_records([FIRST] * 11))
+    def __init__(self, label_ids, most, *, at_first=0, error=None, **options):
+        super().__init__(label_ids, **options)
+        self.most, self.at_first = most, at_first
+        self.error = error or torch.OutOfMemoryError("fake")
+
+    def forward(self, ids_BL):
+        if ids_BL.numel() > self.most and len(self.batches) >= self.at_first:
+            self.batches.append(tuple(ids_BL.shape))
+            raise self.error
+        return super().forward(ids_BL)
+
+
+CPU_OUT_OF_MEMORY = RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: "
+    "you tried to allocate 4000000000000 bytes. Error code 12 (Cannot allocate memory)"
+)
+
+
+@pytest.mark.parametrize("error", [None, CPU_OUT_OF_MEMORY])
+@pytest.mark.parametrize("at_first", [0, 1, 3])
+@pytest.mark.parametrize("most", [32, 40, 100, 200])
+def test_out_of_memory_makes_batches_smaller(tokenizer, labelled, most, at_first, error, caplog):
+    options = {"window_tokens": 32, "overlap_tokens": 8, "max_batch_tokens": 256}
+    texts = [f"{FIRST} " * (1 + 7 * i % 60) for i in range(40)]
+    calm = make_predictor(LookupModel(labelled), tokenizer, **options)
+    model = Hungry(labelled, most, at_first=at_first, error=error)
+    hungry = make_predictor(model, tokenizer, **options)
+    windows = _windows(calm, texts)
+    for a, b in zip(hungry.forward(windows), calm.forward(windows), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert hungry.predict(_records(texts)) == calm.predict(_records(texts))
+
+    n_halvings = hungry.counters.oom_halvings
+    assert n_halvings == sum(rows * width > most for rows, width in model.batches[at_first:])
+    assert hungry.max_batch_tokens == 256 >> n_halvings >= 32
+    lines = [r.getMessage() for r in caplog.records if "out of memory" in r.getMessage()]
+    assert len(lines) == n_halvings > 0
+    assert lines[0] == "out of memory, batches halved max_batch_tokens=128 before=256"
+
+
+@pytest.mark.parametrize("error", [None, CPU_OUT_OF_MEMORY])
+def test_a_window_that_does_not_fit_alone_fails(tokenizer, labelled, error):
+    predictor = make_predictor(Hungry(labelled, 20, error=error), tokenizer)
+    texts = [FIRST, f"{FIRST} " * 30, f"{FIRST} voor"]
+    short, long, middle = predictor.predict(_records(texts))
+    assert (long.id, long.stage, long.error) == ("id-1", "forward", "OutOfMemoryError")
+    assert [e.word for o in (short, middle) for e in o.value] == [FIRST] * 2
+
+
+def test_out_of_memory_and_a_guilty_window_in_one_batch(tokenizer, labelled, word_ids):
+    model = Hungry(labelled, 12, fails_on=word_ids[SECOND])
+    texts = [FIRST] * 20
+    texts[3] = texts[17] = SECOND
+    outcomes = make_predictor(model, tokenizer).predict(_records(texts))
+    assert [i for i, o in enumerate(outcomes) if isinstance(o, Failure)] == [3, 17]
+    assert all([e.word for e in o.value] == [FIRST] for o in outcomes if isinstance(o, Prediction))
+
+
+def test_memory_of_this_machine_that_runs_out(tokenizer, labelled):
+    """What torch really raises; 2**60 bytes are more than any machine has."""
+
+    class Greedy(LookupModel):
+        def forward(self, ids_BL):
+            torch.empty(2**60, dtype=torch.uint8)
+
+    (outcome,) = make_predictor(Greedy(labelled), tokenizer).predict(_records([FIRST]))
+    assert outcome.error == "OutOfMemoryError"
+
+
+def test_an_error_of_the_gpu_ends_the_work(tokenizer, labelled, monkeypatch):
+    predictor = make_predictor(LookupModel(labelled), tokenizer)
+    error = RuntimeError("CUDA error: an illegal memory access was encountered\nsecond line")
+
+    def run(windows):
+        raise error
+
+    monkeypatch.setattr(predictor, "_run", run)
+    monkeypatch.setattr(predictor, "device", torch.device("cuda"))
+    with pytest.raises(DeviceError, match=r"cuda: CUDA error: an illegal.* encountered$") as caught:
+        predictor.predict(_records([FIRST] * 3))
+    assert caught.value.__cause__ is error
+
+
+def test_out_of_memory_of_the_gpu_does_not_end_the_work(tokenizer, labelled, monkeypatch):
+    predictor = make_predictor(Hungry(labelled, 12), tokenizer)
+    run = predictor._run
+
+    def on_cpu(windows):
+        with monkeypatch.context() as patch:
+            patch.setattr(predictor, "device", torch.device("cpu"))
+            return run(windows)
+
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(sys.exc_info()))
+    monkeypatch.setattr(predictor, "_run", on_cpu)
+    monkeypatch.setattr(predictor, "device", torch.device("cuda"))
+    outcomes = predictor.predict(_records([FIRST] * 9))
     assert all([e.word for e in o.value] == [FIRST] for o in outcomes)
+    assert len(emptied) == predictor.counters.oom_halvings > 0
+    assert set(emptied) == {(None, None, None)}, "the failed pass is still in memory"
 
 
 def test_a_programming_error_is_not_a_failure_of_a_row(tokenizer, labelled):

@@ -8,17 +8,20 @@ from fakes import bad_utf8_strings, write_bytes, write_jsonl, write_parquet
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from erniem_batch.errors import ConfigError
+from erniem_batch.errors import ConfigError, StorageError
 from erniem_batch.job.config import ADDED_COLUMNS
-from erniem_batch.job.read import input_schema, read_unit
-from erniem_batch.job.units import find_files, plan_units
+from erniem_batch.job.read import input_schema, read_unit, row_number
+from erniem_batch.job.units import files_of, find_files, plan_units
+
+
+def files(path):
+    return list(files_of(find_files([str(path)])))
 
 
 def read(path, text_column="text", columns=None, unit_bytes=1 << 20):
     """The chunks of a file or folder, planned and read as a job does."""
-    files = find_files([str(path)])
-    schema = input_schema(files, text_column, columns)
-    units = plan_units(files, unit_bytes, text_column)
+    schema = input_schema(files(path), text_column, columns)
+    units = plan_units(files(path), unit_bytes, text_column)
     return [c for unit in units for c in read_unit(unit, text_column, columns, schema)]
 
 
@@ -31,8 +34,16 @@ def carried(chunks):
     return [row for chunk in chunks for row in chunk.table.to_pylist()]
 
 
+def rows(chunk):
+    return [row_number(place) for place in chunk.places]
+
+
+def bad_rows(chunks):
+    return [bad for chunk in chunks for bad in chunk.bad]
+
+
 def reasons(chunks):
-    return {row: f.reason for chunk in chunks for row, f in chunk.failures.items()}
+    return {row_number(bad.place): bad.failure.reason for bad in bad_rows(chunks)}
 
 
 # ---- JSONL values ---------------------------------------------------------------------------
@@ -158,12 +169,12 @@ def test_a_type_that_changes_later_is_not_forced(tmp_path):
 
 
 def test_chunks_have_one_schema_and_all_rows(tmp_path):
-    rows = [{"text": f"t{i}", "n": None if i < 3000 else i} for i in range(5000)]
-    chunks = read(write_jsonl(tmp_path / "a.jsonl", rows))
+    written = [{"text": f"t{i}", "n": None if i < 3000 else i} for i in range(5000)]
+    chunks = read(write_jsonl(tmp_path / "a.jsonl", written))
     assert [len(c.table) for c in chunks] == [2048, 2048, 904]
     assert len({c.table.schema for c in chunks}) == 1
-    assert carried(chunks) == rows
-    assert [row for c in chunks for row in c.rows] == list(range(5000))
+    assert carried(chunks) == written
+    assert [row for c in chunks for row in rows(c)] == list(range(5000))
     assert [c.share for c in chunks] == sorted(c.share for c in chunks)
     assert chunks[-1].share == 1.0
 
@@ -189,11 +200,13 @@ def test_chunks_have_one_schema_and_all_rows(tmp_path):
 def test_a_bad_line_fails_alone(tmp_path, line, reason):
     lines = [b'{"text": "a"}\n', b"\n", line + b"\n", b'{"text": "b"}\n']
     chunks = read_lines(tmp_path, *lines)
-    assert [(c.texts, c.rows) for c in chunks] == [(["a", "b"], [0, 3])]
-    ((row, failure),) = chunks[0].failures.items()
-    assert (row, failure.id, failure.stage, failure.error) == (2, "2", "read", "RecordError")
-    assert reason in failure.reason
-    assert "hidden" not in failure.reason
+    assert [(c.texts, rows(c)) for c in chunks] == [(["a", "b"], [0, 3])]
+    (bad,) = chunks[0].bad
+    assert (bad.place.row, bad.failure.stage, bad.failure.error) == (2, "read", "RecordError")
+    assert bad.place.line == line + b"\n"
+    assert (bad.n_rows, bad.rest) == (1, None)
+    assert reason in bad.failure.reason
+    assert "hidden" not in bad.failure.reason
 
 
 def test_a_column_that_clashes_later_fails_its_rows(tmp_path):
@@ -226,14 +239,14 @@ def test_row_numbers_in_later_slices(tmp_path):
     chunks = read_lines(tmp_path, *lines, unit_bytes=100)
     assert len(chunks) > 5
     assert list(reasons(chunks)) == [41]
-    rows = [(row, text) for c in chunks for row, text in zip(c.rows, c.texts, strict=True)]
-    assert rows == [(i, str(i)) for i in range(60) if i not in (20, 41)]
+    found = [(row, text) for c in chunks for row, text in zip(rows(c), c.texts, strict=True)]
+    assert found == [(i, str(i)) for i in range(60) if i not in (20, 41)]
 
 
 def test_surrogate_pairs_are_fine(tmp_path):
     (chunk,) = read_lines(tmp_path, '{"text": "\\ud83d\\ude00", "\\u00e9": 1}\n')
     assert chunk.texts == ["\U0001f600"]
-    assert not chunk.failures
+    assert not chunk.bad
 
 
 def test_byte_order_mark(tmp_path):
@@ -243,13 +256,13 @@ def test_byte_order_mark(tmp_path):
 
 def test_byte_order_mark_on_a_line_of_its_own(tmp_path):
     (chunk,) = read_lines(tmp_path, b"\xef\xbb\xbf\r\n", '{"text": "a"}\n')
-    assert (chunk.rows, chunk.texts, chunk.failures) == ([1], ["a"], {})
+    assert (rows(chunk), chunk.texts, chunk.bad) == ([1], ["a"], [])
 
 
 def test_only_bad_lines(tmp_path):
     (chunk,) = read_lines(tmp_path, "{\n", "[]\n")
     assert len(chunk.table) == 0
-    assert list(chunk.failures) == [0, 1]
+    assert list(reasons([chunk])) == [0, 1]
 
 
 # ---- text column --------------------------------------------------------------------------------
@@ -374,55 +387,145 @@ def test_no_columns_at_all(tmp_path):
 
 
 def test_parquet_files_of_different_columns(tmp_path):
+    """Each output has the columns of its own file; a file without text is a dead letter."""
     write_parquet(tmp_path / "a.parquet", pa.table({"text": ["a"], "n": [1]}))
-    write_parquet(tmp_path / "b.parquet", pa.table({"text": ["a"], "n": ["1"]}))
-    with pytest.raises(ConfigError, match=r"before: n: int64; here: n: string"):
-        read(tmp_path)
-    assert len(read(tmp_path, columns=["text"])) == 2
+    write_parquet(tmp_path / "b.parquet", pa.table({"text": ["b"], "n": ["1"]}))
+    write_parquet(tmp_path / "c.parquet", pa.table({"other": ["c"] * 3}))
+    a, b, c = read(tmp_path)
+    assert (a.table.to_pylist(), b.table.to_pylist()) == (
+        [{"text": "a", "n": 1}],
+        [{"text": "b", "n": "1"}],
+    )
+    (bad,) = c.bad
+    assert (bad.n_rows, bad.failure.error, len(c.table)) == (3, "ConfigError", 0)
+    assert "no column 'text'" in bad.failure.reason
+    *_, c = read(tmp_path, columns=["text", "n"])
+    assert c.bad[0].n_rows == 3
 
 
 def test_parquet_columns_of_one_name(tmp_path):
     """Once, a KeyError: Arrow finds a column only if its name is unique."""
-    write_parquet(tmp_path / "a.parquet", pa.table([["a"], [1], [2]], names=["text", "n", "n"]))
-    with pytest.raises(ConfigError, match=r"several columns have the same name \(n\)"):
-        read(tmp_path)
+    write_parquet(tmp_path / "a.parquet", pa.table({"text": ["a"]}))
+    write_parquet(tmp_path / "b.parquet", pa.table([["a"], [1], [2]], names=["text", "n", "n"]))
+    (bad,) = bad_rows(read(tmp_path))
+    assert "several columns have the same name (n)" in bad.failure.reason
+    assert bad.n_rows == 1
 
 
 # ---- damaged files ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", ["gz", "zst"])
-@pytest.mark.parametrize("damage", ["cut", "overwritten", "another format"])
-def test_damaged_files_are_found_at_the_start(tmp_path, suffix, damage):
-    """Once, zlib's own error, which is of no common kind, came through as a traceback."""
-    rows = [{"text": f"{i * 7919 % 10007}"} for i in range(3000)]
-    path = write_jsonl(tmp_path / f"a.jsonl.{suffix}", rows)
+def damage(path, kind):
     content = bytearray(path.read_bytes())
-    if damage == "cut":
+    if kind == "cut":
         content = content[:-100]
-    elif damage == "overwritten":
+    elif kind == "overwritten":
         content[:100] = content[:10] + b"\xff" * 90
     else:
         content = b"plain text"
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match="cannot be read"):
-        read(path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+@pytest.mark.parametrize("kind", ["cut", "overwritten", "another format"])
+def test_damaged_compressed_files_are_read_as_far_as_they_go(tmp_path, suffix, kind):
+    """Once, zlib's own error, which is of no common kind, came through as a traceback."""
+    lines = [{"text": f"{i * 7919 % 10007}"} for i in range(3000)]
+    write_jsonl(tmp_path / "b.jsonl", lines[:1])
+    damage(write_jsonl(tmp_path / f"a.jsonl.{suffix}", lines), kind)
+    *chunks, last = read(tmp_path)
+    assert carried([last]) == lines[:1]
+    found = carried(chunks)
+    assert found == lines[: len(found)]
+    (bad,) = bad_rows(chunks)
+    assert (bad.n_rows, bad.failure.stage, bad.place.row) == (None, "read", len(found))
+    assert bad.rest is not None
+    assert bad.rest.skip_rows == len(found)
+
+
+def test_the_only_file_is_damaged_from_the_start(tmp_path):
+    damage(write_jsonl(tmp_path / "a.jsonl.gz", [{"text": "a"}]), "another format")
+    (bad,) = bad_rows(read(tmp_path))
+    assert bad.failure.reason
+
+
+@pytest.mark.parametrize("limit", [None, 2500, 3500, 4500])
+def test_readable_rows_of_a_damaged_parquet_file(tmp_path, limit):
+    """Row group 3 of 5 is damaged: what is before and behind it is read."""
+    table = pa.table({"text": [f"Ada {i * 7919}" for i in range(5000)]})
+    path = write_parquet(tmp_path / "a.parquet", table, 1000)
+    column = pq.read_metadata(path).row_group(3).column(0)
+    content = bytearray(path.read_bytes())
+    start = column.dictionary_page_offset or column.data_page_offset
+    content[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    path.write_bytes(content)
+    (unit,) = plan_units(files(path), 1 << 30, "text", limit)
+    chunks = list(read_unit(unit, "text", None, table.schema))
+    found = {row: text for c in chunks for row, text in zip(rows(c), c.texts, strict=True)}
+    last = limit or 5000
+    expected = [*range(min(last, 3000)), *range(4000, last)]
+    assert found == {i: f"Ada {i * 7919}" for i in expected}
+    lost = [(bad.place.row, bad.n_rows, bad.rest.row_groups) for bad in bad_rows(chunks)]
+    assert lost == ([] if last < 3000 else [(3000, min(1000, last - 3000), (3,))])
+    assert sum(len(c.texts) + sum(b.n_rows for b in c.bad) for c in chunks) == last
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.jsonl.gz"])
+def test_a_file_that_vanishes(tmp_path, name):
+    path = tmp_path / name
+    if name.endswith(".parquet"):
+        write_parquet(path, pa.table({"text": ["a"] * 7}))
+    else:
+        write_jsonl(path, [{"text": "a"}] * 7)
+    (unit,) = plan_units(files(path), 1 << 20, "text")
+    path.unlink()
+    (chunk,) = read_unit(unit, "text", None, pa.schema([("text", pa.string())]))
+    (bad,) = chunk.bad
+    assert (bad.failure.error, bad.failure.reason) == (
+        "FileNotFoundError",
+        "the file is no longer there",
+    )
+    assert bad.n_rows == (7 if name.endswith(".parquet") else None)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_file_that_changes(tmp_path, name):
+    """It is not read as if it were the one that was planned."""
+    path = tmp_path / name
+
+    def write(n):
+        if name.endswith(".parquet"):
+            write_parquet(path, pa.table({"text": ["a"] * n}))
+        else:
+            write_jsonl(path, [{"text": "a"}] * n)
+
+    write(7)
+    (unit,) = plan_units(files(path), 1 << 20, "text")
+    schema = pa.schema([("text", pa.string())])
+    chunks = read_unit(unit, "text", None, schema)
+    next(chunks)
+    write(8)
+    with pytest.raises(StorageError, match="changed since this run was planned"):
+        list(chunks)
+    with pytest.raises(StorageError, match="changed since this run was planned"):
+        list(read_unit(unit, "text", None, schema))
 
 
 def test_one_odd_value_leaves_the_strings_beside_it_alone(tmp_path):
     """A number among strings becomes text; once, every string of the unit got quotes."""
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x", "v": v} for v in ["a", "b"]])
-    schema = input_schema(find_files([str(path)]), "text", None)
+    schema = input_schema(files(path), "text", None)
     path = write_jsonl(tmp_path / "b.jsonl", [{"text": "x", "v": v} for v in ["a", 5, None]])
-    (unit,) = plan_units(find_files([str(path)]), 1 << 20, "text")
+    (unit,) = plan_units(files(path), 1 << 20, "text")
     (chunk,) = read_unit(unit, "text", None, schema)
     assert chunk.table["v"].to_pylist() == ["a", "5", None]
 
 
 def test_a_json_column_is_json_in_every_unit(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x", "v": v} for v in [1, "b", "c"]])
-    schema = input_schema(find_files([str(path)]), "text", None)
+    schema = input_schema(files(path), "text", None)
     path = write_jsonl(tmp_path / "b.jsonl", [{"text": "x", "v": "c"}])
-    (unit,) = plan_units(find_files([str(path)]), 1 << 20, "text")
+    (unit,) = plan_units(files(path), 1 << 20, "text")
     (chunk,) = read_unit(unit, "text", None, schema)
     assert chunk.table["v"].to_pylist() == ['"c"']

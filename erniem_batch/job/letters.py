@@ -1,0 +1,169 @@
+"""Dead letters: rows without a prediction, kept whole, with the reason.
+
+Those of a unit are one Parquet file under `_dead_letters/`, with the name of the unit's output. The
+row itself is in `row` (Parquet input) or `line` (JSONL input), so that it can be tried again even
+when the input is gone.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from erniem_batch import storage
+from erniem_batch.errors import ConfigError
+from erniem_batch.job.read import (
+    CONTENT_ERRORS,
+    BadRow,
+    Chunk,
+    Place,
+    UnitReader,
+    jsonl_chunks,
+    row_number,
+    table_chunk,
+    whole_rows,
+)
+from erniem_batch.job.units import Unit
+from erniem_batch.records import Failure
+
+DEAD_LETTERS = "_dead_letters"
+
+# `n_rows` is 1, or how many rows of a damaged file could not be reached (null: nobody knows); what
+# to read again for them is in `rest`.
+LETTER_SCHEMA = pa.schema(
+    [
+        ("source_file", pa.string()),
+        ("source_row", pa.int64()),
+        ("source_byte", pa.int64()),
+        ("n_rows", pa.int64()),
+        ("unit", pa.string()),
+        ("stage", pa.string()),
+        ("error", pa.string()),
+        ("reason", pa.string()),
+        ("attempts", pa.int32()),
+        ("model", pa.string()),
+        ("time", pa.timestamp("us", "UTC")),
+        ("line", pa.binary()),
+        ("rest", pa.string()),
+    ]
+)
+
+
+def letters_name(output: str) -> str:
+    """Where the dead letters of an output are, in the output folder."""
+    return f"{DEAD_LETTERS}/{output}.parquet"
+
+
+def write_letters(
+    folder: str, unit: Unit, bad: Sequence[BadRow], attempts: int, model: str
+) -> None:
+    """The dead letters of a unit, in the order of the input.
+
+    Args:
+        attempts: how often the unit has been worked on, this time included.
+        model: digest of the model.
+    """
+    now = datetime.now(UTC)
+    bad = sorted(bad, key=lambda b: (_or_last(b.place.row), _or_last(b.place.byte)))
+    rows: list[dict[str, Any]] = []
+    for item in bad:
+        rest = None if item.rest is None else json.dumps(item.rest.to_row())
+        why = asdict(item.failure)
+        del why["id"]
+        rows.append(
+            {
+                "source_file": item.place.source or unit.path,
+                "source_row": item.place.row if rest else row_number(item.place),
+                "source_byte": item.place.byte,
+                "n_rows": item.n_rows,
+                "unit": unit.id,
+                **why,
+                "attempts": attempts,
+                "model": model,
+                "time": now,
+                "line": item.place.line,
+                "rest": rest,
+            }
+        )
+    table = pa.Table.from_pylist(rows, LETTER_SCHEMA)
+    whole = _whole_rows(unit, bad)
+    if whole is not None:
+        table = table.append_column("row", whole)
+    with storage.new_file(storage.join(folder, letters_name(unit.output))) as file:
+        pq.write_table(table, file, compression="zstd")
+
+
+def _or_last(number: int | None) -> float:
+    return float("inf") if number is None else number
+
+
+def _whole_rows(unit: Unit, bad: Sequence[BadRow]) -> pa.Array | None:
+    """Each bad row as a struct of all its columns; null where it is not one row of Parquet."""
+    known = {i: item.whole for i, item in enumerate(bad) if item.whole is not None}
+    wanted = {
+        i: item.place.row
+        for i, item in enumerate(bad)
+        if unit.format == "parquet" and item.rest is None and i not in known
+    }
+    tables = list(known.values())
+    order = list(known)
+    if wanted:
+        try:
+            tables.append(whole_rows(unit, [row for row in wanted.values() if row is not None]))
+            order += wanted
+        except CONTENT_ERRORS:
+            # Rows that were read a moment ago cannot be read now: the reader will have said so.
+            pass
+    if not tables:
+        return None
+    table = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+    columns = [column.combine_chunks() for column in table.columns]
+    rows = pa.StructArray.from_arrays(columns, fields=list(table.schema))
+    place = {i: n for n, i in enumerate(order)}
+    return rows.take(pa.array([place.get(i) for i in range(len(bad))], pa.int64()))
+
+
+# ---- reading them again -----------------------------------------------------------------------
+
+
+def read_letters(reader: UnitReader, output: str) -> Iterator[Chunk]:
+    """The rows of a file of dead letters, as chunks to work on.
+
+    What could not be reached is read again if its file is still the one it was; else it stays a
+    dead letter, and the next run takes the changed file as a whole.
+    """
+    with storage.InputFile(storage.join(output, reader.unit.letters)) as source:
+        table = pq.read_table(pa.PythonFile(source, mode="r"))
+    letters = table.drop_columns([n for n in ("row",) if n in table.column_names]).to_pylist()
+    single = [i for i, letter in enumerate(letters) if letter["rest"] is None]
+    if reader.unit.format == "jsonl":
+        yield from jsonl_chunks(reader, (_place(letters[i]) for i in single))
+    elif single:
+        if "row" not in table.column_names:
+            raise ConfigError(f"{reader.unit.letters}: dead letters without their rows")
+        rows = table["row"].combine_chunks().take(pa.array(single, pa.int64()))
+        whole = pa.Table.from_arrays(rows.flatten(), schema=pa.schema(list(rows.type)))
+        yield replace(table_chunk(reader, whole, [_place(letters[i]) for i in single]), whole=whole)
+    for letter in letters:
+        if letter["rest"] is not None:
+            yield from _read_rest(reader, letter)
+
+
+def _place(letter: dict[str, Any]) -> Place:
+    return Place(letter["source_row"], letter["source_byte"], letter["line"], letter["source_file"])
+
+
+def _read_rest(reader: UnitReader, letter: dict[str, Any]) -> Iterator[Chunk]:
+    unit = Unit.from_row(json.loads(letter["rest"]))
+    info = storage.stat(unit.path)
+    if info is not None and info.version == unit.version:
+        yield from reader.slice_chunks(unit)
+        return
+    failure = Failure("", letter["stage"], letter["error"], letter["reason"])
+    place = replace(_place(letter), line=None)
+    bad = BadRow(place, failure, n_rows=letter["n_rows"], rest=unit)
+    yield Chunk(reader.schema.empty_table(), [], [], [bad])

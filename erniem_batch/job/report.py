@@ -1,0 +1,134 @@
+"""What a run did and what stands in the output folder now, and whether the two add up."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from erniem_batch.errors import JobError
+from erniem_batch.job.actor import COUNTS, Receipt
+from erniem_batch.job.letters import letters_name
+from erniem_batch.job.manifest import Entry, Manifest
+from erniem_batch.job.rundir import RunInfo, State
+
+COMPLETE = 0
+INCOMPLETE = 3
+TOO_MANY_DEAD = 4
+SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunReport:
+    """A run and its outcome. Rows and tokens are those of the whole output folder.
+
+    Attributes:
+        n_units, n_units_now: in the folder; worked on by this run.
+        failed_units: receipts with an error; they are tried again by the next run.
+        n_dead_allowed: rows that may be dead letters.
+        n_removed_inputs: files that were tagged once and are no longer in the input.
+        n_bytes_read: by the actors, from storage.
+        n_tokens_now, padding_share, seconds, working_seconds: of this run.
+    """
+
+    output: str
+    n_units: int
+    n_units_now: int
+    failed_units: tuple[Receipt, ...] = ()
+    n_missing: int = 0
+    n_rows: int = 0
+    n_ok: int = 0
+    n_dead: int = 0
+    n_dead_allowed: float = 0
+    n_entities: int = 0
+    n_tokens: int = 0
+    n_windows: int = 0
+    n_truncated: int = 0
+    n_removed_inputs: int = 0
+    n_tokens_now: int = 0
+    n_bytes_read: int = 0
+    padding_share: float = 0.0
+    seconds: float = 0.0
+    working_seconds: float = 0.0
+    fingerprint: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens of text per second, from the first unit handed out to the last receipt."""
+        return self.n_tokens_now / self.working_seconds if self.working_seconds else 0.0
+
+    @property
+    def exit_code(self) -> int:
+        """0 complete; 3 units are missing; 4 complete, but too many rows are dead letters."""
+        if self.n_missing:
+            return INCOMPLETE
+        return TOO_MANY_DEAD if self.n_dead > self.n_dead_allowed else COMPLETE
+
+    def as_line(self) -> str:
+        """One line of JSON, for machines."""
+        values = asdict(self) | {"tokens_per_s": round(self.tokens_per_s, 1)}
+        values["failed_units"] = len(self.failed_units)
+        return json.dumps({"exit_code": self.exit_code, **values})
+
+
+def totals(done: pa.Table) -> dict[str, int]:
+    """Sums over finished units. Dead letters that a replay took over count there."""
+    sums = {name: pc.sum(done[name]).as_py() or 0 for name in COUNTS}
+    sums["n_dead"] = pc.sum(_standing(done)["n_dead"]).as_py() or 0
+    sums["n_rows"] = sums["n_ok"] + sums["n_dead"]
+    return sums
+
+
+def verify(state: State) -> None:
+    """Raises a JobError unless every unit gave as many rows as it took in.
+
+    Rows in are known from Parquet footers, or were counted by the reader; rows out from the data
+    files, and dead letters.
+    """
+    done = state.done
+    out = pc.add(done["n_ok"], done["n_dead"])
+    planned = pc.coalesce(done["max_rows"], done["planned_rows"], done["n_rows"])
+    first_hand = pc.equal(done["letters"], "")
+    wrong = pc.or_(
+        pc.not_equal(done["n_rows"], out),
+        pc.and_(first_hand, pc.not_equal(planned, out)),
+    )
+    units = done.filter(wrong)["output"].to_pylist()
+    if units:
+        raise JobError(
+            f"rows in and rows out differ in {len(units)} units ({', '.join(units[:SHOWN])}): "
+            f"please report this; delete their files to have them made again"
+        )
+
+
+def manifest_of(state: State, info: RunInfo) -> Manifest:
+    """Names of all files that count, in the order of the plan."""
+    done = state.done
+    standing = _standing(done)
+    dead = standing.filter(pc.greater(standing["n_dead"], 0))
+    names = (letters_name(output.rpartition(".")[0]) for output in dead["output"].to_pylist())
+    return Manifest(
+        generation=info.generation,
+        fingerprint=info.fingerprint,
+        files=_entries(done["output"].to_pylist(), done["n_ok"], done["output_bytes"]),
+        dead_letters=[
+            Entry(name, n) for name, n in zip(names, dead["n_dead"].to_pylist(), strict=True)
+        ],
+    )
+
+
+def _entries(names: Sequence[str], rows: pa.ChunkedArray, sizes: pa.ChunkedArray) -> list[Entry]:
+    return [
+        Entry(name, n_rows, n_bytes)
+        for name, n_rows, n_bytes in zip(names, rows.to_pylist(), sizes.to_pylist(), strict=True)
+    ]
+
+
+def _standing(done: pa.Table) -> pa.Table:
+    """Units whose dead letters no replay has taken over."""
+    suffix = pc.extract_regex(done["output"], r"(?P<suffix>\.[a-z]+)$")
+    retired = pc.binary_join_element_wise(done["retires"], pc.struct_field(suffix, "suffix"), "")
+    retired = retired.filter(pc.not_equal(done["retires"], ""))
+    return done.filter(pc.invert(pc.is_in(done["output"], retired.combine_chunks())))

@@ -1,0 +1,325 @@
+"""The run folder `_run/` beside the data: what was planned, what is done, with which settings.
+
+A unit is done if and only if its data file stands under its final name with the unit's id and the
+settings' fingerprint in it. The ledger only remembers that, so that a listing is enough to know:
+a file that the ledger does not know is opened, a file that is gone is made again.
+
+    run.json                    settings and versions of this generation
+    plan/001-00001.parquet      units, one file for each time that there was something to plan
+    ledger/001-….parquet        receipts
+    lease.json, attempts/, sidecars/, report.json
+"""
+
+import base64
+import json
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from erniem_batch import storage
+from erniem_batch.errors import ConfigError
+from erniem_batch.job.actor import RECEIPT_SCHEMA, Receipt, receipt_of_file
+from erniem_batch.job.units import BATCH, UNIT_SCHEMA
+from erniem_batch.storage import FileInfo
+
+RUN = "_run"
+LOOKING_THREADS = 16
+LEDGER_ROWS = 1000  # receipts in a segment of the ledger at most
+LEDGER_S = 5.0  # and seconds that a receipt waits to be written
+LEDGER_SEGMENTS = 64  # more are written anew as one
+
+PLAN_SCHEMA = UNIT_SCHEMA.append(pa.field("edition", pa.int64()))
+# Columns of the plan beside those of the receipts, for units that are done.
+PLANNED = ("max_rows", "planned_rows", "retires", "letters")
+LISTING_SCHEMA = pa.schema([("file", pa.string()), ("size", pa.int64())])
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """The content of run.json.
+
+    Attributes:
+        generation: raised by every --overwrite.
+        fingerprint, settings: what decides results.
+        schema: of the carried columns, as Arrow's own bytes in base64.
+        job: the whole configuration of the job, for `replay`.
+        versions: of the software, as a record.
+    """
+
+    generation: int
+    fingerprint: str
+    settings: dict[str, Any]
+    schema: str
+    job: dict[str, Any]
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def arrow_schema(self) -> pa.Schema:
+        return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(self.schema)))
+
+
+def encode_schema(schema: pa.Schema) -> str:
+    """For RunInfo."""
+    return base64.b64encode(schema.serialize().to_pybytes()).decode()
+
+
+@dataclass(frozen=True)
+class State:
+    """Units of a plan, sorted into done and not done.
+
+    Attributes:
+        done: receipts with the columns of the plan beside them.
+        todo: units.
+    """
+
+    done: pa.Table
+    todo: pa.Table
+
+
+class RunFolder:
+    """Reads and writes `_run/` of an output folder."""
+
+    def __init__(self, output: str) -> None:
+        self.output = output
+        self._folder = storage.join(output, RUN)
+
+    # ---- run.json -----------------------------------------------------------------------------
+
+    def read_info(self) -> RunInfo | None:
+        data = storage.read(f"{self._folder}/run.json")
+        return None if data is None else RunInfo(**json.loads(data))
+
+    def write_info(self, info: RunInfo) -> None:
+        text = json.dumps(asdict(info), indent=1, sort_keys=True, default=str)
+        storage.write(f"{self._folder}/run.json", text.encode())
+
+    def write_report(self, line: str) -> None:
+        storage.write(f"{self._folder}/report.json", line.encode() + b"\n")
+
+    # ---- plan ---------------------------------------------------------------------------------
+
+    def read_plan(self, generation: int) -> pa.Table:
+        """All units ever planned in a generation, in the order of planning."""
+        return _concat(self._segments("plan", generation), PLAN_SCHEMA)
+
+    def next_edition(self) -> int:
+        """Number of the next segment of the plan, over all generations."""
+        names = [path.rpartition("-")[2] for path, _ in self._list("plan")]
+        return 1 + max((int(name.removesuffix(".parquet")) for name in names), default=0)
+
+    def add_to_plan(self, generation: int, edition: int, units: pa.Table) -> pa.Table:
+        table = units.append_column("edition", pa.array([edition] * len(units), pa.int64()))
+        _write_table(f"{self._folder}/plan/{generation:03d}-{edition:05d}.parquet", table)
+        return table
+
+    def older_outputs(self, generation: int) -> list[str]:
+        """Names of outputs that generations before this one planned."""
+        paths = [path for g in range(1, generation) for path in self._segments("plan", g)]
+        return [str(name) for name in _concat(paths, PLAN_SCHEMA)["output"].to_pylist()]
+
+    def forget_older(self, generation: int) -> None:
+        """Removes plan and ledger of generations of which nothing is left."""
+        for kind in ("plan", "ledger"):
+            paths = [path for g in range(1, generation) for path in self._segments(kind, g)]
+            storage.delete(paths)
+
+    # ---- ledger -------------------------------------------------------------------------------
+
+    def read_ledger(self, generation: int) -> pa.Table:
+        """Receipts, the last one of each output."""
+        paths = self._segments("ledger", generation)
+        table = _concat(paths, RECEIPT_SCHEMA)
+        if len(paths) > LEDGER_SEGMENTS:
+            self.add_to_ledger(generation, table)
+            storage.delete(paths)
+        names = _flat(table["output"]).dictionary_encode().indices.to_numpy()
+        last = np.zeros(int(names.max(initial=-1)) + 1, dtype=np.int64)
+        np.maximum.at(last, names, np.arange(len(names)))
+        return table if len(last) == len(table) else table.take(last)
+
+    def add_to_ledger(self, generation: int, receipts: pa.Table) -> None:
+        # Names sort by time; the random part keeps two writers from meeting.
+        name = f"{generation:03d}-{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
+        _write_table(f"{self._folder}/ledger/{name}.parquet", receipts)
+
+    def _segments(self, kind: str, generation: int) -> list[str]:
+        return sorted(
+            path
+            for path, _ in self._list(kind)
+            if path.rpartition("/")[2].startswith(f"{generation:03d}-")
+        )
+
+    def _list(self, kind: str) -> Iterator[tuple[str, int]]:
+        for info in storage.find(f"{self._folder}/{kind}"):
+            if info.path.endswith(".parquet") and "/." not in info.path:
+                yield info.path, info.size
+
+    # ---- what is done -------------------------------------------------------------------------
+
+    def listing(self) -> pa.Table:
+        """Names and sizes of all data files in the output folder."""
+        return listing_table(self.output, storage.find(self.output))
+
+    def assess(self, units: pa.Table, info: RunInfo, listing: pa.Table | None = None) -> State:
+        """Which units are done, by the ledger, one listing, and a look into unknown files."""
+        listing = self.listing() if listing is None else listing
+        ledger = self.read_ledger(info.generation)
+        suffix = pa.scalar(info.settings["output-format"])
+        files = pc.binary_join_element_wise(units["output"], suffix, ".").combine_chunks()
+        size = _look_up(files, listing["file"], listing["size"])
+        there = pc.is_valid(size)
+        receipt = pc.index_in(files, value_set=ledger["output"].combine_chunks())
+        known = pc.and_(
+            pc.equal(ledger["unit_id"].combine_chunks().take(receipt), _flat(units["id"])),
+            pc.equal(ledger["output_bytes"].combine_chunks().take(receipt), size),
+        ).fill_null(False)
+        unknown = pc.and_not(there, known)
+        found, found_mask = self._look_into(files, _flat(units["id"]), unknown, info)
+        if len(found):
+            self.add_to_ledger(info.generation, found)
+        is_done = pc.or_(known, found_mask)
+        done = pa.concat_tables([ledger.take(receipt.filter(known)), found])
+        place = np.flatnonzero(known), np.flatnonzero(found_mask)
+        order = np.argsort(np.concatenate(place), kind="stable")
+        done = done if not len(found) else done.take(order)
+        planned = units.select(["max_rows", "n_rows", "retires", "letters"]).filter(is_done)
+        for name, column in zip(PLANNED, planned.columns, strict=True):
+            done = done.append_column(name, column)
+        return State(done, units.filter(pc.invert(is_done)).drop_columns("edition"))
+
+    def _look_into(
+        self, files: pa.Array, ids: pa.Array, unknown: pa.Array, info: RunInfo
+    ) -> tuple[pa.Table, pa.Array]:
+        """Receipts of files that the ledger does not know, from what they say of themselves.
+
+        Returns:
+            The receipts, and a mask of the units that they belong to.
+        """
+
+        def look(place: int) -> Receipt | None:
+            name, unit = files[place].as_py(), ids[place].as_py()
+            return receipt_of_file(self.output, name, unit, info.fingerprint)
+
+        mask = np.zeros(len(files), dtype=bool)
+        receipts = []
+        with ThreadPoolExecutor(LOOKING_THREADS) as pool:
+            places = np.flatnonzero(unknown).tolist()
+            for place, receipt in zip(places, pool.map(look, places), strict=True):
+                if receipt is not None:
+                    mask[place] = True
+                    receipts.append(asdict(receipt))
+        return pa.Table.from_pylist(receipts, RECEIPT_SCHEMA), pa.array(mask)
+
+
+def _flat(column: pa.ChunkedArray) -> pa.Array:
+    return column.combine_chunks()
+
+
+def _look_up(keys: pa.Array, names: pa.ChunkedArray, values: pa.ChunkedArray) -> pa.Array:
+    """The value of each key, null where there is none."""
+    return _flat(values).take(pc.index_in(keys, value_set=_flat(names)))
+
+
+def listing_table(output: str, infos: Iterator[FileInfo]) -> pa.Table:
+    """Data files of a listing; names that begin with _ or . are not data."""
+    pieces = []
+    start = len(output) + 1
+    while some := list(islice(infos, BATCH)):
+        data = [
+            {"file": name, "size": info.size}
+            for info in some
+            if "/_" not in f"/{(name := info.path[start:])}" and "/." not in f"/{name}"
+        ]
+        pieces.append(pa.Table.from_pylist(data, LISTING_SCHEMA))
+    return pa.concat_tables(pieces) if pieces else LISTING_SCHEMA.empty_table()
+
+
+def current_units(plan: pa.Table) -> pa.Table:
+    """Units that count: of each file those planned last, and their replays."""
+    first_hand = pc.equal(plan["letters"], "").to_numpy()
+    edition = plan["edition"].to_numpy()
+    path = _flat(plan["path"]).dictionary_encode().indices.to_numpy()
+    latest = np.zeros(int(path.max(initial=-1)) + 1, dtype=np.int64)
+    np.maximum.at(latest, path[first_hand], edition[first_hand])
+    counts = first_hand & (edition == latest[path])
+    outputs = _flat(plan["output"].filter(counts))
+    replays = np.flatnonzero(~first_hand)
+    while len(replays):  # a replay of a replay comes into it in a later round
+        mine = pc.is_in(_flat(plan["retires"].take(replays)), value_set=outputs).to_numpy(False)
+        if not mine.any():
+            break
+        counts[replays[mine]] = True
+        outputs = _flat(plan["output"].take(replays[mine]))
+        replays = replays[~mine]
+    return plan if counts.all() else plan.filter(counts)
+
+
+def changed_files(files: pa.Table, units: pa.Table) -> pa.Table:
+    """Files that are new, or not as they were when they were planned last.
+
+    Args:
+        units: that count, see current_units.
+    """
+
+    def identities(table: pa.Table) -> pa.Array:
+        return _flat(pc.binary_join_element_wise(table["path"], table["version"], "\n"))
+
+    known = identities(units)
+    return files.filter(pc.invert(pc.is_in(identities(files), value_set=known)))
+
+
+def removed_files(files: pa.Table, plan: pa.Table) -> list[str]:
+    """Paths that were planned and are no longer there."""
+    paths = plan["path"].unique()
+    gone = paths.filter(pc.invert(pc.is_in(paths, files["path"].combine_chunks())))
+    return [str(path) for path in gone.to_pylist()]
+
+
+class LedgerWriter:
+    """Collects receipts and writes them down every few seconds."""
+
+    def __init__(self, folder: RunFolder, generation: int) -> None:
+        self._write = partial(folder.add_to_ledger, generation)
+        self._receipts: list[Receipt] = []
+        self._written = time.monotonic()
+
+    def add(self, receipt: Receipt) -> None:
+        self._receipts.append(receipt)
+        late = time.monotonic() - self._written > LEDGER_S
+        if late or len(self._receipts) >= LEDGER_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        receipts, self._receipts = self._receipts, []
+        if receipts:
+            rows = [asdict(receipt) for receipt in receipts]
+            self._write(pa.Table.from_pylist(rows, RECEIPT_SCHEMA))
+        self._written = time.monotonic()
+
+
+def _write_table(path: str, table: pa.Table) -> None:
+    with storage.new_file(path) as file:
+        pq.write_table(table, file, compression="zstd")
+
+
+def _concat(paths: Sequence[str], schema: pa.Schema) -> pa.Table:
+    def read(path: str) -> pa.Table:
+        with storage.InputFile(path) as source:
+            return pq.read_table(pa.PythonFile(source, mode="r"))
+
+    with ThreadPoolExecutor(LOOKING_THREADS) as pool:
+        tables = list(pool.map(read, paths))
+    for path, table in zip(paths, tables, strict=True):
+        if table.schema.names != schema.names:
+            raise ConfigError(f"{path} was written by another version of this package")
+    return pa.concat_tables(tables) if tables else schema.empty_table()

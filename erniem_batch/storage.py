@@ -1,0 +1,529 @@
+"""Files on a local disk or in object storage, by one set of functions; nobody else opens them.
+
+A path is a local path or a URL (`s3://`, `gs://`, `az://`; `file://` is a local path). Object
+storage is reached through fsspec (s3fs, gcsfs, adlfs), which brings credentials from the usual
+environment and its own retries. Three things are promised for both:
+
+- a new file appears under its name whole or not at all (`new_file`, `write`);
+- `create` and `swap` change a small control file only if nobody else did;
+- every failure but an absent file is a StorageError, so that it cannot be taken for bad content.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from stat import S_ISREG
+from typing import IO, Any
+from urllib.parse import quote
+
+import fsspec
+from filelock import FileLock
+
+from erniem_batch.errors import ConfigError, Conflict, StorageError
+
+EXTRAS = {"s3": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "abfss": "az"}
+ATTEMPTS = 8
+READ_BYTES = 4 << 20
+# Beyond the end of a slice a line has to be finished: small steps are enough.
+STEP_BYTES = 64 << 10
+DELETING_THREADS = 16
+CONNECT_SECONDS = 10
+SILENT_SECONDS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """A file as a listing shows it.
+
+    Attributes:
+        path: full path or URL.
+        size: bytes.
+        version: changes when the content does: the ETag or generation; locally the size and the
+            time of change, by the clock of the file system, which may step by milliseconds.
+    """
+
+    path: str
+    size: int
+    version: str
+
+
+# ---- paths ------------------------------------------------------------------------------------
+
+
+def normal(path: str) -> str:
+    """An absolute local path, or a URL without a slash at its end.
+
+    Raises:
+        ConfigError: storage of this kind is not known, or its library is not installed.
+    """
+    if path.startswith("file://"):
+        path = path.removeprefix("file://")
+    if is_remote(path):
+        scheme = _scheme(path)
+        if EXTRAS.get(scheme) == "az" and "@" in path.split("/")[2]:
+            account = "the account comes from AZURE_STORAGE_ACCOUNT_NAME"
+            raise ConfigError(f"{path}: give {scheme}://container/path; {account}")
+        _filesystem(scheme)
+        return path.rstrip("/")
+    return str(Path(path).expanduser().absolute())
+
+
+def is_remote(path: str) -> bool:
+    """Whether the path is a URL of object storage."""
+    return "://" in path
+
+
+def join(folder: str, name: str) -> str:
+    """A path inside a folder."""
+    return f"{folder}/{name}"
+
+
+def _scheme(path: str) -> str:
+    return path.split("://", 1)[0]
+
+
+@cache
+def _filesystem(scheme: str) -> Any:
+    if scheme not in EXTRAS:
+        known = ", ".join(f"{name}://" for name in sorted(EXTRAS))
+        raise ConfigError(f"{scheme}:// is no storage that can be used: give a path, {known}")
+    try:
+        if EXTRAS[scheme] == "s3":
+            return _s3()
+        if EXTRAS[scheme] == "gs":
+            return _gcs()
+        return fsspec.filesystem(scheme, use_listings_cache=False)
+    except ImportError as error:
+        raise ConfigError(
+            f"{scheme}:// needs a library that is not installed: "
+            f"pip install 'erniem-batch[{EXTRAS[scheme]}]'"
+        ) from error
+
+
+# A child does not have the thread that the connections of its parent belong to.
+os.register_at_fork(after_in_child=_filesystem.cache_clear)
+
+
+def _s3() -> Any:
+    config: dict[str, Any] = {"connect_timeout": CONNECT_SECONDS, "read_timeout": SILENT_SECONDS}
+    # What the environment says about retries holds.
+    if not {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & os.environ.keys():
+        config["retries"] = {"mode": "standard", "max_attempts": ATTEMPTS}
+    return fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=config)
+
+
+def _gcs() -> Any:
+    from aiohttp import ClientTimeout
+
+    # The class that fsspec would take asks by gRPC for the kind of the bucket before each upload,
+    # for up to a minute where that is not allowed; only zonal buckets need it.
+    from gcsfs.core import GCSFileSystem
+
+    timeout = ClientTimeout(sock_connect=CONNECT_SECONDS, sock_read=SILENT_SECONDS)
+    return GCSFileSystem(use_listings_cache=False, requests_timeout=timeout)
+
+
+@contextmanager
+def _storage_errors(path: str, doing: str) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, StorageError, ConfigError):
+        raise
+    except Exception as error:
+        # Each library has a family of errors of its own, and they share no base.
+        if not (isinstance(error, OSError) or is_remote(path)):
+            raise
+        what, hint = "failed", ""
+        if isinstance(error, PermissionError) or _status(error) in ("401", "403"):
+            what = "is not permitted"
+            hint = "; check the credentials in the environment" if is_remote(path) else ""
+        raise StorageError(f"{path}: {doing} {what}: {_short(error)}{hint}") from error
+
+
+@contextmanager
+def _upload_errors(path: str) -> Iterator[None]:
+    with _storage_errors(path, "writing"):
+        try:
+            yield
+        except Exception as error:
+            if not _is_absent(error):
+                raise
+            raise StorageError(f"{path}: writing failed: there is no such bucket") from error
+
+
+def _is_absent(error: BaseException) -> bool:
+    return isinstance(error, FileNotFoundError) or _status(error) == "404"
+
+
+def _status(error: BaseException) -> str:
+    """The HTTP status that an error of one of the libraries stands for, or an empty string."""
+    for cause in filter(None, (error, error.__cause__)):
+        response = getattr(cause, "response", None)
+        if isinstance(response, dict):
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        else:
+            status = getattr(cause, "status_code", None) or getattr(cause, "code", None)
+        if status:
+            return str(status)
+    return "403" if str(error).startswith("Forbidden:") else ""  # so says gcsfs
+
+
+def _short(error: BaseException) -> str:
+    text = (getattr(error, "strerror", None) or str(error)).strip().split("\n")[0][:300].rstrip(".")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+# ---- looking ----------------------------------------------------------------------------------
+
+
+def find(path: str) -> Iterator[FileInfo]:
+    """All files below a folder, or the file itself; nothing if there is neither."""
+    with _storage_errors(path, "listing"):
+        if is_remote(path):
+            scheme = _scheme(path)
+            with suppress(FileNotFoundError):
+                found = _filesystem(scheme).find(path, detail=True)
+                if isinstance(found, list):  # adlfs, if it is one file
+                    found = {name: _filesystem(scheme).info(name) for name in found}
+                while found:
+                    name, info = found.popitem()
+                    # Consoles put empty objects where they show folders.
+                    if info["type"] == "file" and not name.endswith("/"):
+                        yield _remote_info(scheme, info)
+        elif os.path.isfile(path):
+            yield _local_info(path)
+        else:
+            for folder, _, names in os.walk(path, onerror=_unlistable, followlinks=True):
+                for name in names:
+                    with suppress(FileNotFoundError):
+                        yield _local_info(os.path.join(folder, name))
+
+
+def _unlistable(error: OSError) -> None:
+    """A folder that cannot be read must not look like an empty one."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
+
+
+def glob(pattern: str) -> list[str]:
+    """Paths of files and folders that match a pattern with `*`, `?`, `[` or `**`."""
+    with _storage_errors(pattern, "listing"):
+        if is_remote(pattern):
+            scheme = _scheme(pattern)
+            return sorted(f"{scheme}://{name}" for name in _filesystem(scheme).glob(pattern))
+        import glob as local
+
+        return sorted(local.glob(pattern, recursive=True))
+
+
+def stat(path: str) -> FileInfo | None:
+    """The file, or None if there is none."""
+    with _storage_errors(path, "looking"):
+        try:
+            if not is_remote(path):
+                return _local_info(path)
+            info = _filesystem(_scheme(path)).info(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return _remote_info(_scheme(path), info) if info["type"] == "file" else None
+
+
+def _local_info(path: str) -> FileInfo:
+    state = os.stat(path)
+    if not S_ISREG(state.st_mode):
+        raise FileNotFoundError(f"{path}: no regular file")
+    return FileInfo(path, state.st_size, f"{state.st_mtime_ns}-{state.st_size}")
+
+
+def _remote_info(scheme: str, info: dict[str, Any]) -> FileInfo:
+    version = info.get("generation") or info.get("ETag") or info.get("etag") or ""
+    return FileInfo(f"{scheme}://{info['name']}", int(info["size"]), str(version).strip('"'))
+
+
+# ---- reading ----------------------------------------------------------------------------------
+
+
+def read(path: str) -> bytes | None:
+    """The whole content of a small file, or None if there is none."""
+    with _storage_errors(path, "reading"):
+        try:
+            if is_remote(path):
+                return bytes(_filesystem(_scheme(path)).cat_file(path))
+            return Path(path).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+
+class InputFile(io.RawIOBase):
+    """A file for reading at any place, without reading ahead further than it is asked to.
+
+    Args:
+        until: where the reader expects to stop; beyond it, requests are small.
+
+    Attributes:
+        n_bytes: read so far.
+    """
+
+    def __init__(self, path: str, until: int | None = None) -> None:
+        self._path = path
+        self._file: IO[bytes] | None = None
+        info = stat(path)
+        if info is None:
+            raise FileNotFoundError(f"{path}: there is no such file")
+        self.info = info
+        self.n_bytes = 0
+        self._until = info.size if until is None else until
+        self._at = 0
+        if not is_remote(path):
+            with _storage_errors(path, "opening"):
+                self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.info.size}[whence]
+        self._at = max(0, start + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), self.info.size - self._at)
+        if self._at < self._until:
+            wanted = min(wanted, self._until - self._at)
+        else:
+            wanted = min(wanted, STEP_BYTES)
+        data = self.fetch(wanted)
+        buffer[: len(data)] = data
+        return len(data)
+
+    def fetch(self, n_bytes: int) -> bytes:
+        """Up to so many bytes from here, in one request; fewer only at the end of the file."""
+        n_bytes = max(0, min(n_bytes, self.info.size - self._at))
+        if not n_bytes:
+            return b""
+        with _storage_errors(self._path, "reading"):
+            if self._file is None:
+                end = self._at + n_bytes
+                filesystem = _filesystem(_scheme(self._path))
+                data = bytes(filesystem.cat_file(self._path, start=self._at, end=end))
+            else:
+                data = os.pread(self._file.fileno(), n_bytes, self._at)
+        if not data:
+            raise StorageError(f"{self._path}: reading failed: it has become shorter")
+        self._at += len(data)
+        self.n_bytes += len(data)
+        return data
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        super().close()
+
+
+def open_input(path: str, until: int | None = None) -> io.BufferedReader:
+    """A file for reading in order.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        StorageError: it cannot be opened.
+    """
+    return io.BufferedReader(InputFile(path, until), READ_BYTES)
+
+
+# ---- writing ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def new_file(path: str) -> Iterator[IO[bytes]]:
+    """A file that appears under its name when the block has ended, or not at all.
+
+    Locally it is renamed in its folder. For object storage it is collected on the local disk and
+    then sent in one upload, which the library abandons on an error: an exception in the block finds
+    nothing to abort, because no upload has begun.
+    """
+    if is_remote(path):
+        with tempfile.NamedTemporaryFile() as file:
+            with _storage_errors(file.name, "writing"):
+                yield file
+                file.flush()
+            with _upload_errors(path):
+                _filesystem(_scheme(path)).put_file(file.name, path)
+        return
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with _storage_errors(path, "writing"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def unfinished(folder: str) -> Iterator[str]:
+    """Temporary files below a folder; those of writers that were killed, if nobody is writing."""
+    if not is_remote(folder):
+        for info in find(folder):
+            if re.search(r"/\.[^/]+\.[0-9a-f]{32}\.tmp$", info.path):
+                yield info.path
+
+
+def write(path: str, data: bytes) -> None:
+    """Replaces a small file, or makes it, in one step."""
+    with new_file(path) as file:
+        file.write(data)
+
+
+def delete(paths: Iterable[str]) -> None:
+    """Removes files; absent ones are no error."""
+    with ThreadPoolExecutor(DELETING_THREADS) as pool:
+        list(pool.map(_delete, paths))
+
+
+def _delete(path: str) -> None:
+    with _storage_errors(path, "deleting"), suppress(FileNotFoundError):
+        if is_remote(path):
+            _filesystem(_scheme(path)).rm_file(path)
+        else:
+            os.unlink(path)
+
+
+# ---- control files: change them only if nobody else did ---------------------------------------
+
+
+def read_versioned(path: str) -> tuple[bytes, str] | None:
+    """A control file and the version that `swap` wants, or None if there is none."""
+    if not is_remote(path):
+        data = read(path)
+        return None if data is None else (data, _digest(data))
+    # The version first: if the content changes in between, the swap fails, as it should.
+    info = stat(path)
+    data = None if info is None else read(path)
+    return None if info is None or data is None else (data, info.version)
+
+
+def create(path: str, data: bytes) -> str:
+    """Makes a control file; gives its version.
+
+    Raises:
+        Conflict: there is one already.
+    """
+    return _put(path, data, None)
+
+
+def swap(path: str, data: bytes, version: str) -> str:
+    """Replaces a control file that still has this version; gives the new version.
+
+    Raises:
+        Conflict: it has another, or is gone.
+    """
+    return _put(path, data, version)
+
+
+def _put(path: str, data: bytes, version: str | None) -> str:
+    if not is_remote(path):
+        return _local_put(path, data, version)
+    scheme = _scheme(path)
+    filesystem = _filesystem(scheme)
+    put = {"s3": _s3_put, "gs": _gs_put, "az": _az_put}[EXTRAS[scheme]]
+    # If the answer to a request is lost, the library sends it again and meets its own first try:
+    # this tells it from anybody else's.
+    content_type = f"application/octet-stream; writer={uuid.uuid4().hex}"
+    with _upload_errors(path):
+        try:
+            return put(filesystem, path, data, version, content_type).strip('"')
+        except Exception as error:
+            if not _is_conflict(error, version):
+                raise
+        with suppress(FileNotFoundError):
+            info = filesystem.info(path)
+            if _content_type(info) == content_type:
+                return _remote_info(scheme, info).version
+    raise Conflict(f"{path}: somebody else has changed it")
+
+
+def _local_put(path: str, data: bytes, version: str | None) -> str:
+    target = Path(path)
+    with _storage_errors(path, "writing"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # The kernel frees the lock of a process that has died.
+        with FileLock(target.with_name(f".{target.name}.lock"), timeout=SILENT_SECONDS):
+            there = read_versioned(path)
+            if (None if there is None else there[1]) != version:
+                raise Conflict(f"{path}: somebody else has changed it")
+            write(path, data)
+    return _digest(data)
+
+
+# The conditions are spelt out: older releases of s3fs and adlfs ignore mode="create".
+
+
+def _s3_put(filesystem: Any, path: str, data: bytes, version: str | None, content_type: str) -> str:
+    condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": f'"{version}"'}
+    answer = filesystem.pipe_file(path, data, ContentType=content_type, **condition)
+    return str(answer["ETag"])
+
+
+def _gs_put(filesystem: Any, path: str, data: bytes, version: str | None, content_type: str) -> str:
+    bucket, key, _ = filesystem.split_path(path)
+    # gcsfs itself knows only "create"; this is the same request with any generation.
+    boundary = uuid.uuid4().hex
+    head = f"--{boundary}\r\nContent-Type: application/json; charset=UTF-8\r\n\r\n"
+    name = json.dumps({"name": key})
+    body = f"\r\n--{boundary}\r\nContent-Type: {content_type}\r\n\r\n"
+    answer = filesystem.call(
+        "POST",
+        f"{filesystem._location}/upload/storage/v1/b/{quote(bucket)}/o",
+        uploadType="multipart",
+        ifGenerationMatch=version or "0",
+        headers={"Content-Type": f"multipart/related; boundary={boundary}"},
+        data=(head + name + body).encode() + data + f"\r\n--{boundary}--".encode(),
+        json_out=True,
+    )
+    return str(answer["generation"])
+
+
+def _az_put(filesystem: Any, path: str, data: bytes, version: str | None, content_type: str) -> str:
+    from azure.core import MatchConditions
+
+    condition: dict[str, Any] = {"overwrite": False}
+    if version is not None:
+        condition = {"etag": f'"{version}"', "match_condition": MatchConditions.IfNotModified}
+    settings = {"content_type": content_type}
+    return str(filesystem.pipe_file(path, data, content_settings=settings, **condition)["etag"])
+
+
+def _content_type(info: dict[str, Any]) -> str | None:
+    settings = info.get("content_settings") or {}
+    return info.get("ContentType") or info.get("contentType") or settings.get("content_type")
+
+
+def _is_conflict(error: BaseException, version: str | None) -> bool:
+    """Whether a request failed because its condition did not hold."""
+    if _is_absent(error):
+        return version is not None
+    return isinstance(error, FileExistsError) or _status(error) in ("409", "412")
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]

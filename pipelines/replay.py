@@ -1,0 +1,9 @@
+"""The dead letters of a run once more.
+
+python pipelines/replay.py OUTPUT
+"""
+
+from erniem_batch.cli import replay, script
+
+if __name__ == "__main__":
+    raise SystemExit(script(replay))
