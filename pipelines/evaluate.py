@@ -13,7 +13,7 @@ from collections import defaultdict
 from typing import Any
 
 from erniem_batch.config import AGGREGATION_STRATEGIES, DEMO, PredictorConfig
-from erniem_batch.job.read import open_jsonl
+from erniem_batch.job.jsonl import open_jsonl
 from erniem_batch.labels import Span
 from erniem_batch.metrics import SpanScores, span_scores
 from erniem_batch.predictor import Predictor

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from erniem_batch import ErnieMConfig, ErnieMForTokenClassification, ErnieMTokenizer
-from erniem_batch.job.read import open_jsonl
+from erniem_batch.job.jsonl import open_jsonl
 from erniem_batch.labels import spans_to_labels
 from erniem_batch.model.heads import IGNORED_LABEL
 

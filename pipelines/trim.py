@@ -20,7 +20,7 @@ from sentencepiece import sentencepiece_model_pb2
 from torch import nn
 
 from erniem_batch import ErnieMModel, ErnieMTokenizer
-from erniem_batch.job.read import open_jsonl
+from erniem_batch.job.jsonl import open_jsonl
 
 N_SPECIAL = 4  # [CLS] [PAD] [SEP] [UNK] open the vocabulary, [MASK] closes it
 

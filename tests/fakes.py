@@ -17,8 +17,8 @@ from erniem_batch import ErnieMConfig, ErnieMForTokenClassification, ErnieMToken
 from erniem_batch.config import PredictorConfig
 from erniem_batch.job.actor import Assignment, Receipt, UnitTagger
 from erniem_batch.job.attempts import Attempt
+from erniem_batch.job.chunks import Chunk
 from erniem_batch.job.config import JobConfig
-from erniem_batch.job.read import Chunk
 from erniem_batch.job.units import Unit
 from erniem_batch.model.fetch import model_digest
 from erniem_batch.model.outputs import LogitsOutput

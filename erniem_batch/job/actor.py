@@ -17,9 +17,10 @@ import pyarrow as pa
 from erniem_batch import storage
 from erniem_batch.errors import CheckpointError, DeviceError, StorageError
 from erniem_batch.job.attempts import Attempt
+from erniem_batch.job.chunks import BadRow, Chunk, Place
 from erniem_batch.job.config import JobConfig
 from erniem_batch.job.letters import letters_name, read_letters, write_letters
-from erniem_batch.job.read import BadRow, Chunk, Place, UnitReader
+from erniem_batch.job.read import UnitReader
 from erniem_batch.job.units import Unit
 from erniem_batch.job.watchdog import Watchdog
 from erniem_batch.job.write import Marks, add_predictions, read_marks, write_tables

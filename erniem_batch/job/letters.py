@@ -16,17 +16,10 @@ import pyarrow.parquet as pq
 
 from erniem_batch import storage
 from erniem_batch.errors import ConfigError
-from erniem_batch.job.read import (
-    CONTENT_ERRORS,
-    BadRow,
-    Chunk,
-    Place,
-    UnitReader,
-    jsonl_chunks,
-    row_number,
-    table_chunk,
-    whole_rows,
-)
+from erniem_batch.job.chunks import CONTENT_ERRORS, BadRow, Chunk, Place
+from erniem_batch.job.jsonl import jsonl_chunks, row_number
+from erniem_batch.job.parquet import table_chunk, whole_rows
+from erniem_batch.job.read import UnitReader
 from erniem_batch.job.units import Unit
 from erniem_batch.records import Failure
 

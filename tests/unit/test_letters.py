@@ -10,8 +10,9 @@ import pytest
 from fakes import bad_utf8_strings, write_bytes, write_jsonl, write_parquet
 
 from erniem_batch import storage
+from erniem_batch.job.chunks import BadRow
 from erniem_batch.job.letters import LETTER_SCHEMA, letters_name, read_letters, write_letters
-from erniem_batch.job.read import BadRow, UnitReader
+from erniem_batch.job.read import UnitReader
 from erniem_batch.job.units import Unit, files_of, find_files, plan_units
 from erniem_batch.records import Failure
 

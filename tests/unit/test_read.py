@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from erniem_batch.errors import ConfigError, StorageError
 from erniem_batch.job.config import ADDED_COLUMNS
-from erniem_batch.job.read import input_schema, read_unit, row_number
+from erniem_batch.job.jsonl import row_number
+from erniem_batch.job.read import input_schema, read_unit
 from erniem_batch.job.units import files_of, find_files, plan_units
 
 

@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from erniem_batch.errors import ConfigError
-from erniem_batch.job.read import read_unit, row_number
+from erniem_batch.job.jsonl import row_number
+from erniem_batch.job.read import read_unit
 from erniem_batch.job.units import (
     UNIT_SCHEMA,
     Unit,

@@ -1,0 +1,106 @@
+"""What readers give: rows of a unit as chunks of an Arrow table, with the bad rows beside them."""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pyarrow as pa
+
+from erniem_batch.errors import ConfigError
+from erniem_batch.job.units import Unit
+from erniem_batch.records import Failure
+
+CHUNK_ROWS = 2048
+
+# What reading a damaged or vanished file raises; storage that fails raises StorageError.
+CONTENT_ERRORS = (OSError, EOFError, zlib.error, pa.ArrowException)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a row comes from.
+
+    Attributes:
+        row: of its file, from 0; None: not counted, see `byte`.
+        byte: of a JSONL file, where its line begins (of the decompressed text).
+        line: the line itself, JSONL only.
+        source: file of a row that comes from a dead letter; else the file of the unit.
+    """
+
+    row: int | None = None
+    byte: int | None = None
+    line: bytes | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that has no prediction, or all the rows that could not be reached.
+
+    Attributes:
+        place: of the row, or of the first of the rows.
+        whole: the row as a table of one row, all its columns; Parquet only.
+        n_rows: how many; None: nobody knows.
+        rest: what has to be read to reach the rows; None for a single row.
+    """
+
+    place: Place
+    failure: Failure
+    whole: pa.Table | None = None
+    n_rows: int | None = 1
+    rest: Unit | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Some rows of a unit.
+
+    Attributes:
+        table: columns to carry into the output.
+        texts: one a row of the table; a value that is not a string is the predictor's to refuse.
+        places: of each row.
+        bad: rows that could not be read.
+        share: of the unit that has been read with this chunk, 0 to 1.
+        whole: all columns of each row, of Parquet whose file may be gone or another by now.
+    """
+
+    table: pa.Table
+    texts: list[Any]
+    places: list[Place]
+    bad: list[BadRow] = field(default_factory=list)
+    share: float = 1.0
+    whole: pa.Table | None = None
+
+
+def rest_of(
+    unit: Unit, error: BaseException, place: Place, n_rows: int | None, /, **left: Any
+) -> BadRow:
+    """The rows of a unit that cannot be reached, as one bad row."""
+    reason = str(error).strip().split("\n")[0][:300]
+    if isinstance(error, FileNotFoundError):
+        reason = "the file is no longer there"
+    failure = Failure("", "read", type(error).__name__, reason or "the content is damaged")
+    return BadRow(place, failure, n_rows=n_rows, rest=replace(unit, **left))
+
+
+# ---- columns ----------------------------------------------------------------------------------
+
+
+def select(schema: pa.Schema, columns: Sequence[str], where: str) -> pa.Schema:
+    absent = [name for name in columns if name not in schema.names]
+    if absent:
+        raise ConfigError(no_column(absent[0], schema.names, where, "--columns"))
+    return pa.schema([schema.field(name) for name in columns])
+
+
+def clash(names: Sequence[str]) -> str:
+    return (
+        f"the input has columns that the job adds itself ({', '.join(names)}): rename them, or "
+        f"name the columns to carry with --columns"
+    )
+
+
+def no_column(column: str, names: Sequence[str], where: str, flag: str = "--text-column") -> str:
+    known = ", ".join(list(names)[:12]) or "none"
+    return f"there is no column {column!r} in {where}: it has {known}; choose with {flag}"
