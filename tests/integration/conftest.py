@@ -21,7 +21,9 @@ def ner_model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: ErnieMTok
 
 
 @pytest.fixture(scope="session")
-def local_ray(request: pytest.FixtureRequest) -> Iterator[None]:
+def local_ray(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
     """A Ray of this process, which jobs then use instead of one of their own: starting it is slow.
 
     Without authentication: it listens on this machine only, and leaves no token file behind. Object
@@ -33,6 +35,7 @@ def local_ray(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("RAY_AUTH_MODE", "disabled")
         environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        environment.setenv("ERNIEM_BATCH_CACHE", str(tmp_path_factory.mktemp("cache")))
         # Actors find the package and tests/fakes.py as we do.
         tests = Path(__file__).parents[1]
         folders = [str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")]

@@ -177,7 +177,7 @@ def test_files_of_others_are_not_written_over(tmp_path, ner_model_dir):
     ("kind", "output_format"), [("s3", "parquet"), ("s3", "jsonl"), ("gs", "parquet")]
 )
 def test_object_storage(tmp_path, ner_model_dir, request, monkeypatch, kind, output_format):
-    """Read, written and gone on with, and the same as from the local disk."""
+    """Model too: read, written and gone on with, and the same as from the local disk."""
     folder = request.getfixturevalue(f"{kind}_folder")
     request.getfixturevalue("local_ray")
     rows = [*_rows("a"), {"id": "bad", "text": None}]
@@ -188,8 +188,10 @@ def test_object_storage(tmp_path, ner_model_dir, request, monkeypatch, kind, out
     for path in (tmp_path / "in").iterdir():
         storage.write(f"{folder}/in/{path.name}", path.read_bytes())
     options = {"output_format": output_format, "max_dead_letters": "2%", "unit_bytes": 900}
+    for path in ner_model_dir.iterdir():
+        storage.write(f"{folder}/model/{path.name}", path.read_bytes())
     local = run_job(_config(tmp_path / "in", tmp_path / "out", ner_model_dir, **options))
-    config = _config(f"{folder}/in", f"{folder}/out", ner_model_dir, **options)
+    config = _config(f"{folder}/in", f"{folder}/out", f"{folder}/model", **options)
     report = run_job(config)
     assert (report.exit_code, report.n_ok, report.n_dead) == (0, 69, 1)
     assert (report.n_entities, report.n_units) == (local.n_entities, local.n_units)
