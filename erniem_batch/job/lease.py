@@ -19,7 +19,8 @@ BEAT_S = 5.0
 STALE_S = 30.0  # nobody has renewed it for so long: its owner is gone
 
 STOPPED = "stopped"  # released after SIGTERM
-ENDED = "ended"  # released after all else
+ENDED = "ended"  # released by a run that came to its end
+FAILED = "failed"  # released after an error
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +48,13 @@ class Lease:
     """The right to write into an output folder, from `acquire` to `release`.
 
     Attributes:
+        output: the folder.
         last_ended: how the run before this one released it; empty if it was killed.
     """
 
     def __init__(self, output: str) -> None:
         self._path = f"{output}/_run/lease.json"
-        self._output = output
+        self.output = output
         self.holder = Holder(uuid.uuid4().hex, _machine(), os.uname().nodename, os.getpid())
         self.last_ended = ENDED
         self._version = ""
@@ -93,7 +95,7 @@ class Lease:
             self._beat()
         if self._lost.is_set():
             raise JobError(
-                f"another run has taken over {self._output}, since this one did not say for "
+                f"another run has taken over {self.output}, since this one did not say for "
                 f"{STALE_S:.0f} s that it is alive; it goes on with the rest"
             )
 
@@ -117,7 +119,7 @@ class Lease:
         self.last_ended = holder.released
         if holder.released or _is_dead(holder):
             return
-        logger.info("another run seems to be writing into %s, waiting for its sign", self._output)
+        logger.info("another run seems to be writing into %s, waiting for its sign", self.output)
         deadline = time.monotonic() + STALE_S
         while time.monotonic() < deadline:
             time.sleep(min(1.0, BEAT_S / 5))
@@ -127,7 +129,7 @@ class Lease:
                 if holder.released:
                     raise Conflict(f"{self._path}: released just now")
                 raise ConfigError(
-                    f"--output {self._output}: another run is writing there (host {holder.host}, "
+                    f"--output {self.output}: another run is writing there (host {holder.host}, "
                     f"process {holder.pid}): wait for its end, or choose another folder"
                 )
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -24,7 +25,7 @@ from erniem_batch.job.actor import Assignment, Receipt
 from erniem_batch.job.cluster import alive_nodes, check_room, cluster_pool, connect, local_pool
 from erniem_batch.job.config import JobConfig
 from erniem_batch.job.finish import finish
-from erniem_batch.job.lease import ENDED, STOPPED, Lease
+from erniem_batch.job.lease import ENDED, FAILED, STOPPED, Lease
 from erniem_batch.job.manifest import (
     read_manifest,
     unmark_success,
@@ -104,51 +105,75 @@ def replay_job(
 
 
 def _run(config: JobConfig, on_receipt: OnReceipt | None, replay: bool) -> RunReport:
-    started = time.monotonic()
     with _stopped_by_sigterm():
         with _preflight():
             output = storage.normal(config.output or default_output())
             found = None if replay else _find(config)
             model = local_folder(config.model)
             digest = model_digest(model)
-            lease = Lease(output).acquire()
-        how = ""
-        try:
-            folder = RunFolder(output)
-            with _preflight():
-                if lease.last_ended == STOPPED:
-                    attempts.forget(output)
-                info = open_run(folder, config, found, model, digest)
-                config = replace(config, max_batch_tokens=info.settings["max-batch-tokens"])
-                plan = plan_run(folder, config, info, found)
-                units = current_units(plan)
-                removed = removed_files(found, units) if found is not None else []
-                del found  # as large as the plan
-                state = folder.assess(units, info)
-            logger.info("units=%d done=%d", len(units), len(state.done))
-            work = Work([])
-            if len(state.todo):
-                # Raises now rather than in every actor.
-                Predictor.load(replace(config.predictor, model=str(model), device="cpu"))
-                assignment = Assignment(
-                    config=config,
-                    schema=info.arrow_schema,
-                    output=output,
-                    fingerprint=info.fingerprint,
-                    model_digest=digest,
-                    n_threads=1,
-                )
-                work = tag_units(folder, info, state.todo, assignment, lease, on_receipt)
-                state = folder.assess(units, info)
-            report = make_report(config, info, output, state, work, removed, started)
-            finish(folder, info, plan, state, report, lease)
-            how = ENDED
-            return report
-        except Stopped:
-            how = STOPPED
-            raise
-        finally:
-            lease.release(how or "failed")
+        with _leased(output) as lease:
+            return _go_on(config, on_receipt, lease, found, model, digest)
+
+
+def _go_on(
+    config: JobConfig,
+    on_receipt: OnReceipt | None,
+    lease: Lease,
+    found: pa.Table | None,
+    model: Path,
+    digest: str,
+) -> RunReport:
+    """Plans, works on what is not done, publishes.
+
+    Args:
+        found: input files; None: only dead letters are to be worked on.
+    """
+    started = time.monotonic()
+    folder = RunFolder(lease.output)
+    with _preflight():
+        if lease.last_ended == STOPPED:
+            attempts.forget(folder.output)
+        info = open_run(folder, config, found, model, digest)
+        config = replace(config, max_batch_tokens=info.settings["max-batch-tokens"])
+        plan = plan_run(folder, config, info, found)
+        units = current_units(plan)
+        removed = removed_files(found, units) if found is not None else []
+        del found  # as large as the plan
+        state = folder.assess(units, info)
+    logger.info("units=%d done=%d", len(units), len(state.done))
+    work = Work([])
+    if len(state.todo):
+        # Raises now rather than in every actor.
+        Predictor.load(replace(config.predictor, model=str(model), device="cpu"))
+        assignment = Assignment(
+            config=config,
+            schema=info.arrow_schema,
+            output=folder.output,
+            fingerprint=info.fingerprint,
+            model_digest=digest,
+            n_threads=1,
+        )
+        work = tag_units(folder, info, state.todo, assignment, lease, on_receipt)
+        state = folder.assess(units, info)
+    report = make_report(config, info, folder.output, state, work, removed, started)
+    finish(folder, info, plan, state, report, lease)
+    return report
+
+
+@contextmanager
+def _leased(output: str) -> Iterator[Lease]:
+    """The right to write while the block runs; the next run learns how this one ended."""
+    with _preflight():
+        lease = Lease(output).acquire()
+    how = FAILED
+    try:
+        yield lease
+        how = ENDED
+    except Stopped:
+        how = STOPPED
+        raise
+    finally:
+        lease.release(how)
 
 
 def default_output() -> str:
