@@ -44,7 +44,8 @@ def stream(
     with warnings.catch_warnings():
         # Ray 2.60 has no other name yet for the two limits on restarts.
         warnings.simplefilter("ignore")
-        receipts = ray.data.from_arrow(blocks).map_batches(
+        # Not from_arrow, which starts a task for every block to look at its schema.
+        receipts = ray.data.from_blocks(blocks).map_batches(
             tagger,
             fn_constructor_args=(assignment, counter),
             batch_size=None,
