@@ -3,7 +3,7 @@
 import gzip
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from erniem_batch.job.actor import Assignment, Receipt, UnitTagger
 from erniem_batch.job.attempts import Attempt
 from erniem_batch.job.chunks import Chunk
 from erniem_batch.job.config import JobConfig
+from erniem_batch.job.read import UnitReader
 from erniem_batch.job.units import Unit
 from erniem_batch.model.fetch import model_digest
 from erniem_batch.model.outputs import LogitsOutput
@@ -148,6 +149,13 @@ def make_tagger(
         "n_threads": 1,
     }
     return tagger(Assignment(**{**values, **changes}), Calls())
+
+
+def read_unit(
+    unit: Unit, text_column: str, columns: Sequence[str] | None, schema: pa.Schema
+) -> Iterator[Chunk]:
+    """The rows of a unit, in order."""
+    return UnitReader(unit, text_column, columns, schema).chunks()
 
 
 def make_predictor(model: nn.Module, tokenizer: ErnieMTokenizer, **options: Any) -> Predictor:

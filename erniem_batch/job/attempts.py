@@ -6,7 +6,6 @@ unit is worked on row by row, and the record names the row; a third death convic
 """
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Self
 
@@ -85,10 +84,6 @@ class Attempt:
         storage.write(self.path, json.dumps(asdict(self)).encode())
 
 
-def forget(output: str, unit_ids: Iterable[str] | None = None) -> None:
-    """Removes records, all or of some units: their processes were stopped, not killed."""
-    if unit_ids is None:
-        paths = [info.path for info in storage.find(f"{output}/{ATTEMPTS}")]
-    else:
-        paths = [f"{output}/{ATTEMPTS}/{unit_id}.json" for unit_id in unit_ids]
-    storage.delete(paths)
+def forget(output: str) -> None:
+    """Removes all records: their processes were stopped, or are long done."""
+    storage.delete([info.path for info in storage.find(f"{output}/{ATTEMPTS}")])

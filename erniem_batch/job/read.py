@@ -79,13 +79,6 @@ def _changed(unit: Unit) -> StorageError:
     )
 
 
-def read_unit(
-    unit: Unit, text_column: str, columns: Sequence[str] | None, schema: pa.Schema
-) -> Iterator[Chunk]:
-    """The rows of a unit, in order; see UnitReader."""
-    return UnitReader(unit, text_column, columns, schema).chunks()
-
-
 def input_schema(
     files: Iterable[SourceFile], text_column: str, columns: Sequence[str] | None
 ) -> pa.Schema:

@@ -4,14 +4,14 @@ import math
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fakes import bad_utf8_strings, write_bytes, write_jsonl, write_parquet
+from fakes import bad_utf8_strings, read_unit, write_bytes, write_jsonl, write_parquet
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from erniem_batch.errors import ConfigError, StorageError
 from erniem_batch.job.config import ADDED_COLUMNS
 from erniem_batch.job.jsonl import row_number
-from erniem_batch.job.read import input_schema, read_unit
+from erniem_batch.job.read import input_schema
 from erniem_batch.job.units import files_of, find_files, plan_units
 
 

@@ -3,13 +3,12 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fakes import write_bytes, write_jsonl, write_parquet
+from fakes import read_unit, write_bytes, write_jsonl, write_parquet
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from erniem_batch.errors import ConfigError
 from erniem_batch.job.jsonl import row_number
-from erniem_batch.job.read import read_unit
 from erniem_batch.job.units import (
     UNIT_SCHEMA,
     Unit,
