@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Annotated, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 from rich.markup import escape
@@ -170,8 +169,7 @@ class EntityView:
     def __call__(self, receipt: Receipt) -> None:
         if receipt.error:
             return
-        with storage.InputFile(storage.join(self._output, receipt.output)) as source:
-            table = pq.read_table(pa.PythonFile(source, mode="r"))
+        table = storage.read_table(storage.join(self._output, receipt.output))
         rows = table.slice(0, SHOWN_ROWS).to_pylist()
         for row in rows:
             if row["entities"]:

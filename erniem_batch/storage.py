@@ -27,6 +27,8 @@ from typing import IO, Any
 from urllib.parse import quote
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 from filelock import FileLock
 
 from erniem_batch.errors import ConfigError, Conflict, StorageError
@@ -346,6 +348,17 @@ def open_input(path: str, until: int | None = None) -> io.BufferedReader:
     return io.BufferedReader(InputFile(path, until), READ_BYTES)
 
 
+def read_table(path: str) -> pa.Table:
+    """A whole Parquet file.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        StorageError: it cannot be read.
+    """
+    with InputFile(path) as source:
+        return pq.read_table(pa.PythonFile(source, mode="r"))
+
+
 # ---- writing ----------------------------------------------------------------------------------
 
 
@@ -392,6 +405,12 @@ def write(path: str, data: bytes) -> None:
     """Replaces a small file, or makes it, in one step."""
     with new_file(path) as file:
         file.write(data)
+
+
+def write_table(path: str, table: pa.Table) -> None:
+    """Replaces a Parquet file, or makes it, in one step."""
+    with new_file(path) as file:
+        pq.write_table(table, file, compression="zstd")
 
 
 def delete(paths: Iterable[str]) -> None:

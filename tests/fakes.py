@@ -165,17 +165,16 @@ def make_predictor(model: nn.Module, tokenizer: ErnieMTokenizer, **options: Any)
     return Predictor(config, tokenizer, model, task)
 
 
-def save_tiny_ner_model(folder: Path, tokenizer: ErnieMTokenizer) -> Path:
-    """A random model, hidden 32 and 2 layers, that finds something in every sentence."""
+def save_tiny_ner_model(folder: Path, tokenizer: ErnieMTokenizer, **sizes: Any) -> Path:
+    """A random model, hidden 32 and 2 layers, that finds something in every sentence.
+
+    Args:
+        sizes: that differ, by their names in ErnieMConfig.
+    """
     torch.manual_seed(11)
-    config = ErnieMConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        initializer_range=0.25,
-    ).with_labels(LABELS)
+    tiny = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
+    tiny |= {"num_attention_heads": 4, "initializer_range": 0.25}
+    config = ErnieMConfig(vocab_size=len(tokenizer), **{**tiny, **sizes}).with_labels(LABELS)
     model = ErnieMForTokenClassification(config)
     with torch.no_grad():
         model.classifier.bias[0] = 1.0  # else "O" is as rare as any other label

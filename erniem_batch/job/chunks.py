@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from erniem_batch.errors import ConfigError
+from erniem_batch.job.config import ADDED_COLUMNS
 from erniem_batch.job.units import Unit
 from erniem_batch.records import Failure
 
@@ -94,11 +95,14 @@ def select(schema: pa.Schema, columns: Sequence[str], where: str) -> pa.Schema:
     return pa.schema([schema.field(name) for name in columns])
 
 
-def clash(names: Sequence[str]) -> str:
-    return (
-        f"the input has columns that the job adds itself ({', '.join(names)}): rename them, or "
-        f"name the columns to carry with --columns"
-    )
+def require_no_clash(schema: pa.Schema) -> None:
+    """Raises a ConfigError if columns to carry have names of those that the job adds."""
+    taken = [name for name in schema.names if name in ADDED_COLUMNS]
+    if taken:
+        raise ConfigError(
+            f"the input has columns that the job adds itself ({', '.join(taken)}): rename them, or "
+            f"name the columns to carry with --columns"
+        )
 
 
 def no_column(column: str, names: Sequence[str], where: str, flag: str = "--text-column") -> str:

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from erniem_batch.job.read import UnitReader
 
 SAMPLE_BYTES = 1 << 20
-SAMPLED_FILES = 8
 # Lines before a slice are only counted, to name the row of a dead letter, while that is cheap.
 COUNTED_BYTES = 64 << 20
 

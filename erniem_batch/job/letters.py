@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from erniem_batch import storage
 from erniem_batch.errors import ConfigError
@@ -86,8 +85,7 @@ def write_letters(
     whole = _whole_rows(unit, bad)
     if whole is not None:
         table = table.append_column("row", whole)
-    with storage.new_file(storage.join(folder, letters_name(unit.output))) as file:
-        pq.write_table(table, file, compression="zstd")
+    storage.write_table(storage.join(folder, letters_name(unit.output)), table)
 
 
 def _or_last(number: int | None) -> float:
@@ -129,8 +127,7 @@ def read_letters(reader: UnitReader, output: str) -> Iterator[Chunk]:
     What could not be reached is read again if its file is still the one it was; else it stays a
     dead letter, and the next run takes the changed file as a whole.
     """
-    with storage.InputFile(storage.join(output, reader.unit.letters)) as source:
-        table = pq.read_table(pa.PythonFile(source, mode="r"))
+    table = storage.read_table(storage.join(output, reader.unit.letters))
     letters = table.drop_columns([n for n in ("row",) if n in table.column_names]).to_pylist()
     single = [i for i, letter in enumerate(letters) if letter["rest"] is None]
     if reader.unit.format == "jsonl":

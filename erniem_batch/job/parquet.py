@@ -17,12 +17,11 @@ from erniem_batch.job.chunks import (
     CONTENT_ERRORS,
     Chunk,
     Place,
-    clash,
     no_column,
+    require_no_clash,
     rest_of,
     select,
 )
-from erniem_batch.job.config import ADDED_COLUMNS
 from erniem_batch.job.units import Unit
 
 if TYPE_CHECKING:
@@ -145,9 +144,7 @@ def _require_usable(schema: pa.Schema, reader: "UnitReader") -> None:
         raise ConfigError(f"several columns have the same name ({', '.join(doubled)}): rename them")
     require_text(schema, reader.text_column, reader.unit.path)
     carried = schema if reader.columns is None else select(schema, reader.columns, "the file")
-    taken = [name for name in carried.names if name in ADDED_COLUMNS]
-    if taken:
-        raise ConfigError(clash(taken))
+    require_no_clash(carried)
 
 
 def whole_rows(unit: Unit, rows: Sequence[int]) -> pa.Table:

@@ -1,6 +1,5 @@
 """Which settings a run has and which units it plans: before any work, on the driver."""
 
-import hashlib
 import logging
 import re
 from collections.abc import Iterator
@@ -32,6 +31,7 @@ from erniem_batch.job.units import (
     plan_units,
     require_unique,
     to_table,
+    unit_id,
 )
 from erniem_batch.model.config import ErnieMConfig
 
@@ -163,9 +163,8 @@ def replay_units(folder: RunFolder, plan: pa.Table) -> Iterator[Unit]:
         last = re.search(r"\.replay-(\d+)$", unit.output)
         root = unit.output[: last.start()] if last else unit.output
         output = f"{root}.replay-{int(last[1]) + 1 if last else 1}"
-        identity = f"{unit.id}|{output}"
         yield Unit(
-            id=hashlib.sha256(identity.encode()).hexdigest()[:16],
+            id=unit_id(f"{unit.id}|{output}"),
             path=unit.path,
             format=unit.format,
             output=output,

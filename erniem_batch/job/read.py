@@ -7,8 +7,7 @@ import pyarrow as pa
 
 from erniem_batch import storage
 from erniem_batch.errors import ConfigError, StorageError
-from erniem_batch.job.chunks import CONTENT_ERRORS, Chunk, clash, select
-from erniem_batch.job.config import ADDED_COLUMNS
+from erniem_batch.job.chunks import CONTENT_ERRORS, Chunk, require_no_clash, select
 from erniem_batch.job.jsonl import read_jsonl, sample, schema_of_sample
 from erniem_batch.job.parquet import parquet_schema, read_parquet, require_text
 from erniem_batch.job.units import SourceFile, Unit
@@ -112,9 +111,7 @@ def input_schema(
         _raise_worst(problems)
     schema = pa.schema([]) if schema is None else schema
     schema = schema if columns is None else select(schema, columns, "the input")
-    taken = [name for name in schema.names if name in ADDED_COLUMNS]
-    if taken:
-        raise ConfigError(clash(taken))
+    require_no_clash(schema)
     return schema
 
 

@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from erniem_batch import storage
 from erniem_batch.errors import ConfigError
@@ -114,24 +113,23 @@ class RunFolder:
 
     def next_edition(self) -> int:
         """Number of the next segment of the plan, over all generations."""
-        names = [path.rpartition("-")[2] for path, _ in self._list("plan")]
+        names = [path.rpartition("-")[2] for path in self._list("plan")]
         return 1 + max((int(name.removesuffix(".parquet")) for name in names), default=0)
 
     def add_to_plan(self, generation: int, edition: int, units: pa.Table) -> pa.Table:
         table = units.append_column("edition", pa.array([edition] * len(units), pa.int64()))
-        _write_table(f"{self._folder}/plan/{generation:03d}-{edition:05d}.parquet", table)
+        storage.write_table(f"{self._folder}/plan/{generation:03d}-{edition:05d}.parquet", table)
         return table
 
     def older_outputs(self, generation: int) -> list[str]:
         """Names of outputs that generations before this one planned."""
-        paths = [path for g in range(1, generation) for path in self._segments("plan", g)]
+        paths = self._older("plan", generation)
         return [str(name) for name in _concat(paths, PLAN_SCHEMA)["output"].to_pylist()]
 
     def forget_older(self, generation: int) -> None:
         """Removes plan and ledger of generations of which nothing is left."""
         for kind in ("plan", "ledger"):
-            paths = [path for g in range(1, generation) for path in self._segments(kind, g)]
-            storage.delete(paths)
+            storage.delete(self._older(kind, generation))
 
     # ---- ledger -------------------------------------------------------------------------------
 
@@ -150,19 +148,20 @@ class RunFolder:
     def add_to_ledger(self, generation: int, receipts: pa.Table) -> None:
         # Names sort by time; the random part keeps two writers from meeting.
         name = f"{generation:03d}-{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
-        _write_table(f"{self._folder}/ledger/{name}.parquet", receipts)
+        storage.write_table(f"{self._folder}/ledger/{name}.parquet", receipts)
 
     def _segments(self, kind: str, generation: int) -> list[str]:
-        return sorted(
-            path
-            for path, _ in self._list(kind)
-            if path.rpartition("/")[2].startswith(f"{generation:03d}-")
-        )
+        return sorted(path for path in self._list(kind) if _generation(path) == generation)
 
-    def _list(self, kind: str) -> Iterator[tuple[str, int]]:
+    def _older(self, kind: str, generation: int) -> list[str]:
+        if generation == 1:
+            return []
+        return sorted(path for path in self._list(kind) if _generation(path) < generation)
+
+    def _list(self, kind: str) -> Iterator[str]:
         for info in storage.find(f"{self._folder}/{kind}"):
             if info.path.endswith(".parquet") and "/." not in info.path:
-                yield info.path, info.size
+                yield info.path
 
     # ---- what is done -------------------------------------------------------------------------
 
@@ -219,6 +218,11 @@ class RunFolder:
                     mask[place] = True
                     receipts.append(asdict(receipt))
         return pa.Table.from_pylist(receipts, RECEIPT_SCHEMA), pa.array(mask)
+
+
+def _generation(path: str) -> int:
+    """Of a segment, from the beginning of its name."""
+    return int(path.rpartition("/")[2].partition("-")[0])
 
 
 def _flat(column: pa.ChunkedArray) -> pa.Array:
@@ -307,18 +311,9 @@ class LedgerWriter:
         self._written = time.monotonic()
 
 
-def _write_table(path: str, table: pa.Table) -> None:
-    with storage.new_file(path) as file:
-        pq.write_table(table, file, compression="zstd")
-
-
 def _concat(paths: Sequence[str], schema: pa.Schema) -> pa.Table:
-    def read(path: str) -> pa.Table:
-        with storage.InputFile(path) as source:
-            return pq.read_table(pa.PythonFile(source, mode="r"))
-
     with ThreadPoolExecutor(LOOKING_THREADS) as pool:
-        tables = list(pool.map(read, paths))
+        tables = list(pool.map(storage.read_table, paths))
     for path, table in zip(paths, tables, strict=True):
         if table.schema.names != schema.names:
             raise ConfigError(f"{path} was written by another version of this package")

@@ -119,6 +119,11 @@ UNIT_SCHEMA = pa.schema(
 )
 
 
+def unit_id(identity: str) -> str:
+    """Short and stable, from all that makes a unit what it is."""
+    return hashlib.sha256(identity.encode()).hexdigest()[:16]
+
+
 def to_table(units: Iterable[Unit]) -> pa.Table:
     """Units as a table of UNIT_SCHEMA."""
     return _to_table(units, UNIT_SCHEMA)
@@ -282,7 +287,7 @@ def _named(file: SourceFile, slices: Sequence[dict[str, Any]], suffix: str) -> I
             f"|{part.get('end')}"
         )
         yield Unit(
-            id=hashlib.sha256(identity.encode()).hexdigest()[:16],
+            id=unit_id(identity),
             path=file.path,
             format=file.format,
             output=output,

@@ -121,8 +121,8 @@ def test_the_plan_keeps_its_order_and_its_editions(folder):
 
 
 def test_a_plan_of_another_release(folder):
-    with storage.new_file(f"{folder.output}/_run/plan/001-00001.parquet") as file:
-        module.pq.write_table(pa.table({"id": ["u"]}), file)
+    plan = pa.table({"id": ["u"]})
+    storage.write_table(f"{folder.output}/_run/plan/001-00001.parquet", plan)
     with pytest.raises(ConfigError, match="written by another version of this package"):
         folder.read_plan(1)
 
