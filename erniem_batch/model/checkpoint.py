@@ -1,8 +1,8 @@
 """Model folders: foreign file formats and names in, strictly matching tensors out.
 
 Reads what transformers and PaddleNLP write (`tensors_of`), turns foreign names and layouts into
-ours (`to_our_names`), and refuses a folder that does not match the model exactly. This is the only
-file that knows how others call things.
+ours (`to_our_names`), and refuses a folder that does not match the model exactly. With
+`convert.py`, which writes PaddleNLP's form, the only file that knows how others call things.
 """
 
 import json
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from erniem_batch.errors import CheckpointError
 from erniem_batch.model.config import ErnieMConfig
+from erniem_batch.model.overlay import BASE_KEY, base_folder, base_name, relative_base
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class PreTrainedModel(nn.Module):
         mask_mode: str | None = None,
         dtype: torch.dtype | str = torch.float32,
         allow_new_head: bool = False,
+        **options: Any,
     ) -> Self:
         """A model in evaluation mode with the weights of a folder.
 
@@ -60,11 +62,13 @@ class PreTrainedModel(nn.Module):
 
         Args:
             folder: of transformers (`model.safetensors`, sharded, or `pytorch_model.bin`) or
-                PaddleNLP (`model_state.pdparams` or safetensors in Paddle's layout).
+                PaddleNLP (`model_state.pdparams` or safetensors in Paddle's layout); or an overlay
+                (see `save_overlay`).
             config: instead of the folder's own, for example with other labels.
             mask_mode: instead of the config's; see ErnieMConfig.
             dtype: of the loaded weights, such as torch.bfloat16 or "bfloat16".
             allow_new_head: create a head that the folder lacks, freshly initialised, for training.
+            options: of the class, such as `pooling` of ErnieMForEmbedding.
 
         Raises:
             CheckpointError: names every missing, unexpected or misshapen tensor at once.
@@ -74,10 +78,9 @@ class PreTrainedModel(nn.Module):
         if mask_mode is not None:
             config = replace(config, mask_mode=mask_mode)
         with torch.device("meta"):
-            model = cls(config)
+            model = cls(config, **options)
         wanted = model.state_dict()
-        tensors = to_our_names(tensors_of(folder), cls.__name__)
-        tensors = _match_prefix(tensors, wanted)
+        tensors = _named_tensors(folder, cls.__name__, wanted)
         new = _check(tensors, wanted, folder, allow_new_head)
         target = parse_dtype(dtype)
         for name, tensor in tensors.items():
@@ -90,20 +93,11 @@ class PreTrainedModel(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json and model.safetensors, readable by transformers 4.40.2."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
-        dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-        extra = {**self.config.extra, "torch_dtype": dtype, "transformers_version": "4.40.2"}
-        config = replace(self.config, architectures=[type(self).__name__], extra=extra)
-        config.save_pretrained(folder)
-        # Never written in place: this or another process may have the old file memory-mapped.
-        partial, path = folder / "model.safetensors.partial", folder / "model.safetensors"
-        save_file(tensors, partial, metadata={"format": "pt"})
-        # safetensors lets only the owner read its files; whoever reads the config needs both.
-        shutil.copymode(folder / "config.json", partial)
-        partial.replace(path)
+        """Writes config.json and model.safetensors, readable by transformers 4.40.2.
+
+        The folder stands alone, even if the model was loaded from an overlay.
+        """
+        _write(self, Path(folder), self.state_dict(), next(iter(self.parameters())).dtype)
 
     def _init_all(self) -> None:
         if next(self.parameters()).is_meta:
@@ -122,6 +116,63 @@ class PreTrainedModel(nn.Module):
             module.weight.fill_(1.0)
         if isinstance(module, nn.Linear | nn.LayerNorm):
             module.bias.zero_()
+
+
+def save_overlay(
+    model: PreTrainedModel,
+    folder: str | Path,
+    base: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+) -> None:
+    """Writes a model as what differs from another folder: config.json, model.safetensors.
+
+    Args:
+        base: a model folder that stands alone; has to stay at its place relative to `folder`.
+        dtype: of the written tensors; None: the model's own. Tensors are compared in this dtype, so
+            that a difference which it rounds away is not written.
+
+    Raises:
+        CheckpointError: the base cannot be read, or is an overlay itself.
+    """
+    folder, base = Path(folder), Path(base)
+    if base_name(base) is not None or base.resolve() == folder.resolve():
+        raise CheckpointError(f"{base}: the base of an overlay must be another, complete model")
+    target = parse_dtype(next(iter(model.parameters())).dtype if dtype is None else dtype)
+    state = {name: tensor.to(target) for name, tensor in model.state_dict().items()}
+    below = _named_tensors(base, type(model).__name__, state)
+    changed = {
+        name: tensor
+        for name, tensor in state.items()
+        if name not in below
+        or below[name].shape != tensor.shape
+        or not torch.equal(below[name].to(tensor), tensor)
+    }
+    _write(model, folder, changed, target, {BASE_KEY: relative_base(folder, base)})
+
+
+def _write(
+    model: PreTrainedModel,
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    extra: Mapping[str, str] | None = None,
+) -> None:
+    """config.json with `extra` in it, and these tensors of the model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {name: value for name, value in model.config.extra.items() if name != BASE_KEY}
+    kept |= {"torch_dtype": str(dtype).removeprefix("torch."), "transformers_version": "4.40.2"}
+    config = replace(
+        model.config, architectures=[type(model).__name__], extra={**kept, **(extra or {})}
+    )
+    config.save_pretrained(folder)
+    # Never written in place: this or another process may have the old file memory-mapped.
+    partial, path = folder / "model.safetensors.partial", folder / "model.safetensors"
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, partial, metadata={"format": "pt"})
+    # safetensors lets only the owner read its files; whoever reads the config needs both.
+    shutil.copymode(folder / "config.json", partial)
+    partial.replace(path)
 
 
 def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -256,6 +307,39 @@ def _tensor_from_paddle(array: np.ndarray) -> Tensor:
 # ---- names and layouts ------------------------------------------------------------------------
 
 
+def _named_tensors(
+    folder: Path, class_name: str, wanted: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """All tensors of a folder under our names, those of an overlay over those of its base."""
+    base = base_folder(folder)
+    if base is None:
+        return _match_prefix(to_our_names(tensors_of(folder), class_name), wanted)
+    # Only `save_overlay` writes overlays: their names are ours already, and too few to tell.
+    above = _match_prefix(tensors_of(folder), wanted)
+    return {**_named_tensors(base, class_name, wanted), **above}
+
+
+def tensors_for(
+    cls: type[PreTrainedModel], config: ErnieMConfig, folder: Path
+) -> dict[str, Tensor]:
+    """Exactly the tensors that a class needs, under our names, in the types they are stored in.
+
+    Raises:
+        CheckpointError: names every missing, unexpected or misshapen tensor at once.
+    """
+    with torch.device("meta"):
+        wanted = cls(config).state_dict()
+    tensors = _named_tensors(folder, cls.__name__, wanted)
+    _check(tensors, wanted, folder, allow_new_head=False)
+    return tensors
+
+
+def is_paddle_layout(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether names or shapes are those of PaddleNLP."""
+    ours = any(".self_attn.self_attn." in name for name in tensors)
+    return _is_transposed(tensors, guess=not ours) or not ours
+
+
 def to_our_names(tensors: Mapping[str, Tensor], class_name: str) -> dict[str, Tensor]:
     """Names and layouts of PaddleNLP turned into those of transformers; others unchanged.
 
@@ -269,6 +353,8 @@ def to_our_names(tensors: Mapping[str, Tensor], class_name: str) -> dict[str, Te
     transposed = _is_transposed(tensors, guess=paddle_names)
     ours = {}
     for name, tensor in tensors.items():
+        if name.endswith("embeddings.position_ids"):
+            continue  # 0, 1, 2, …: older versions stored it, nobody needs it
         name = _rename(name) if paddle_names else name
         if class_name == "ErnieMForQuestionAnswering" and paddle_names:
             name = re.sub(r"^classifier\.", "qa_outputs.", name)

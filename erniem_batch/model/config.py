@@ -207,10 +207,14 @@ class ErnieMConfig:
         if ours.get("id2label") is None and isinstance(ours.get("label2id"), Mapping):
             ours["id2label"] = {str(i): label for label, i in ours["label2id"].items()} or None
         hidden_size = ours.get("hidden_size", cls.hidden_size)
-        if "intermediate_size" not in ours and isinstance(hidden_size, int):
-            ours["intermediate_size"] = 4 * hidden_size  # as in PaddleNLP, which may not write it
         architectures = ours.get("architectures")
-        if "mask_mode" not in ours and isinstance(architectures, list) and "UIEM" in architectures:
+        is_uie = isinstance(architectures, list) and "UIEM" in architectures
+        is_paddle = is_uie or "paddlenlp_version" in extra
+        if (is_paddle or "intermediate_size" not in ours) and isinstance(hidden_size, int):
+            # PaddleNLP always builds 4 x hidden_size. Its file may say nothing, or, for a large
+            # model, the 3072 of a base one.
+            ours["intermediate_size"] = 4 * hidden_size
+        if "mask_mode" not in ours and is_uie:
             ours["mask_mode"] = "paddle"
         return cls(**ours, extra=extra)
 

@@ -15,6 +15,7 @@ import numpy as np
 import sentencepiece
 
 from erniem_batch.errors import CheckpointError, ConfigError
+from erniem_batch.model.overlay import base_folder
 from erniem_batch.text.pieces import UNDERLINE, IntArray, PieceTable
 from erniem_batch.text.segments import (
     SegmentEncoder,
@@ -168,6 +169,8 @@ class ErnieMTokenizer:
     def from_pretrained(cls, folder: str | Path, **changes: Any) -> Self:
         """The tokenizer of a model folder of transformers or PaddleNLP.
 
+        An overlay (see `model.overlay`) without a tokenizer of its own has that of its base.
+
         Args:
             changes: constructor arguments instead of the folder's own.
 
@@ -175,6 +178,8 @@ class ErnieMTokenizer:
             CheckpointError: `sentencepiece.bpe.model` is absent or the settings cannot be read.
         """
         folder = Path(folder)
+        if not (folder / SENTENCEPIECE_FILE).is_file():
+            folder = base_folder(folder) or folder
         model_path, vocab_path = folder / SENTENCEPIECE_FILE, folder / VOCAB_FILE
         if not model_path.is_file():
             raise CheckpointError(f"{folder}: expected a tokenizer file {SENTENCEPIECE_FILE}")

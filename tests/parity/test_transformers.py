@@ -17,7 +17,7 @@ from torch import Tensor
 
 from erniem_batch import ErnieMConfig, ErnieMTokenizer
 from erniem_batch.model.activations import ACTIVATIONS
-from erniem_batch.model.heads import HEADS
+from erniem_batch.model.convert import CONVERTIBLE, convert
 
 with warnings.catch_warnings():
     # transformers 4.40.2 is older than our Python and torch: its own warnings aren't ours.
@@ -29,7 +29,7 @@ with warnings.catch_warnings():
 
 pytestmark = pytest.mark.filterwarnings("ignore:::transformers")
 
-ENCODERS = [name for name in HEADS if name != "ErnieMForMultipleChoice"]
+ENCODERS = [name for name in CONVERTIBLE if name != "ErnieMForMultipleChoice"]
 N_LABELS = {"ErnieMForSequenceClassification": 5, "ErnieMForTokenClassification": 7}
 
 
@@ -45,7 +45,7 @@ def pair(tiny_config: ErnieMConfig, tmp_path: Path, random_model: Callable[..., 
     def make(name: str, **changes: Any) -> tuple[Any, Any]:
         config = replace(tiny_config, num_labels=N_LABELS.get(name, 2), id2label=None)
         config = replace(config, id2label=None, **changes)
-        ours = random_model(HEADS[name], config)
+        ours = random_model(CONVERTIBLE[name], config)
         ours.save_pretrained(tmp_path / name)
         return ours, _load_reference(name, tmp_path / name)
 
@@ -238,7 +238,9 @@ def test_question_answering_loss_with_nothing_to_learn_is_nan_in_both(pair, batc
     assert math.isnan(theirs(**batch, **beyond).loss)
 
 
-@pytest.mark.parametrize("name", [n for n in HEADS if "Choice" not in n and "Extraction" not in n])
+@pytest.mark.parametrize(
+    "name", [n for n in CONVERTIBLE if "Choice" not in n and "Extraction" not in n]
+)
 @torch.no_grad()
 def test_tuples(pair, batch, name):
     ours, theirs = pair(name)
@@ -310,32 +312,71 @@ FILES = {
 
 
 @pytest.mark.parametrize("form", FILES)
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", CONVERTIBLE)
 @torch.no_grad()
 def test_folders_of_the_reference_load(tiny_config, batch, tmp_path, name, form):
     options, expected_files = FILES[form]
     theirs = _their_model(name, tiny_config)
     theirs.save_pretrained(tmp_path, **options)
     assert all((tmp_path / file).is_file() for file in expected_files)
-    ours = HEADS[name].from_pretrained(tmp_path)
+    ours = CONVERTIBLE[name].from_pretrained(tmp_path)
     ids = batch["input_ids"]
     ids = ids[None] if "Choice" in name else ids
     _assert_equal(ours(ids), theirs(ids))
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", CONVERTIBLE)
 @torch.no_grad()
 def test_our_folders_load_through_the_reference_and_back(pair, batch, tmp_path, name):
     """0 missing and 0 unexpected keys are checked by `pair`."""
     ours, theirs = pair(name)
     theirs.save_pretrained(tmp_path / "again")
-    again = HEADS[name].from_pretrained(tmp_path / "again")
+    again = CONVERTIBLE[name].from_pretrained(tmp_path / "again")
     for key, tensor in again.state_dict().items():
         assert torch.equal(tensor, ours.state_dict()[key]), key
     assert again.config.labels == ours.config.labels
 
 
-@pytest.mark.parametrize("name", [n for n in HEADS if "Extraction" not in n])
+@pytest.mark.parametrize("name", CONVERTIBLE)
+@torch.no_grad()
+def test_pruned_and_resized_folders_load_in_the_reference(random_model, batch, tmp_path, name):
+    ours = random_model(CONVERTIBLE[name])
+    ours.prune_heads({0: [1, 3], 2: [0]})
+    ours.resize_token_embeddings(150)
+    ours.save_pretrained(tmp_path)
+    theirs = _load_reference(name, tmp_path)
+    assert theirs.config.pruned_heads == {0: [1, 3], 2: [0]}
+    ids = batch["input_ids"]
+    ids = ids[None] if "Choice" in name else ids
+    _assert_equal(ours(ids), theirs(ids))
+
+
+@pytest.mark.parametrize("name", CONVERTIBLE)
+@torch.no_grad()
+def test_what_the_reference_pruned_and_resized_loads(tiny_config, batch, tmp_path, name):
+    theirs = _their_model(name, tiny_config)
+    theirs.prune_heads({1: [2], 2: [0, 1]})
+    theirs.resize_token_embeddings(150)
+    theirs.save_pretrained(tmp_path)
+    ours = CONVERTIBLE[name].from_pretrained(tmp_path)
+    assert ours.config.pruned_heads == {1: [2], 2: [0, 1]}
+    ids = batch["input_ids"]
+    ids = ids[None] if "Choice" in name else ids
+    _assert_equal(ours(ids), theirs(ids))
+
+
+@torch.no_grad()
+def test_converted_paddle_folder_loads_in_the_reference(data_dir, batch, tmp_path):
+    convert(data_dir / "uiem_paddle", tmp_path / "hf")
+    theirs = _load_reference("ErnieMForInformationExtraction", tmp_path / "hf")
+    ours = CONVERTIBLE["ErnieMForInformationExtraction"].from_pretrained(tmp_path / "hf")
+    ids = batch["input_ids"]
+    kept = (ids != 0) & (ids != 1)  # mask_mode="paddle", given by hand
+    expected = theirs(ids, attention_mask=kept.long())
+    torch.testing.assert_close(ours(ids).start_logits, expected.start_logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [n for n in CONVERTIBLE if "Extraction" not in n])
 def test_auto_classes_find_our_folders(pair, tmp_path, name):
     pair(name)
     auto = name.replace("ErnieM", "AutoModel", 1).replace("ModelModel", "Model")
@@ -344,7 +385,7 @@ def test_auto_classes_find_our_folders(pair, tmp_path, name):
 
 def test_labels_survive_the_reference(tiny_config, random_model, tmp_path):
     config = tiny_config.with_labels(["nichts", "Ort·", "人"])
-    random_model(HEADS["ErnieMForTokenClassification"], config).save_pretrained(tmp_path)
+    random_model(CONVERTIBLE["ErnieMForTokenClassification"], config).save_pretrained(tmp_path)
     theirs = reference.ErnieMConfig.from_pretrained(tmp_path)
     assert theirs.id2label == {0: "nichts", 1: "Ort·", 2: "人"}
     assert theirs.label2id == {"nichts": 0, "Ort·": 1, "人": 2}

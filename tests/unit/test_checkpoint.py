@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from paddle_files import as_old_uie, as_paddle, write_pdparams
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -343,23 +344,6 @@ def test_weights_can_be_read_by_whoever_reads_the_config(ner_folder):
 # ---- PaddleNLP --------------------------------------------------------------------------------
 
 
-def _as_paddle(model: torch.nn.Module) -> dict[str, np.ndarray]:
-    """The tensors as PaddleNLP stores them: linear weights as (in, out), one `self_attn` less."""
-    values = {}
-    for name, tensor in model.state_dict().items():
-        array = tensor.numpy()
-        if array.ndim == 2 and "_embeddings" not in name:
-            array = array.T.copy()
-        name = name.replace(".self_attn.self_attn.", ".self_attn.")
-        values[name.replace("qa_outputs.", "classifier.")] = array
-    return values
-
-
-def _write_pdparams(folder: Path, values: dict[str, Any]) -> None:
-    folder.mkdir(exist_ok=True)
-    (folder / "model_state.pdparams").write_bytes(pickle.dumps(values, protocol=2))
-
-
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("intermediate_size", [32, 48])
 def test_paddle_layout(random_model, tiny_config, tmp_path, name, intermediate_size):
@@ -368,7 +352,7 @@ def test_paddle_layout(random_model, tiny_config, tmp_path, name, intermediate_s
     model = random_model(HEADS[name], config)
     model.config.save_pretrained(tmp_path)
     extra = {"StructuredToParameterName@@": {"a": "b"}}
-    _write_pdparams(tmp_path, {**_as_paddle(model), **extra})
+    write_pdparams(tmp_path, {**as_paddle(model), **extra})
     _assert_same_weights(HEADS[name].from_pretrained(tmp_path), model)
 
 
@@ -376,7 +360,7 @@ def test_paddle_layout(random_model, tiny_config, tmp_path, name, intermediate_s
 def test_paddle_safetensors(random_model, tmp_path, metadata):
     model = random_model(ErnieMForInformationExtraction)
     model.config.save_pretrained(tmp_path)
-    arrays = {name: torch.from_numpy(array) for name, array in _as_paddle(model).items()}
+    arrays = {name: torch.from_numpy(array) for name, array in as_paddle(model).items()}
     save_file(arrays, tmp_path / "model.safetensors", metadata=metadata)
     _assert_same_weights(ErnieMForInformationExtraction.from_pretrained(tmp_path), model)
 
@@ -396,7 +380,7 @@ def test_paddle_layout_under_our_names(random_model, tmp_path):
 def test_paddle_shards(random_model, tmp_path):
     model = random_model(ErnieMModel)
     model.config.save_pretrained(tmp_path)
-    values = sorted(_as_paddle(model).items())
+    values = sorted(as_paddle(model).items())
     files = {}
     for i in range(3):
         file = f"model_state-0000{i + 1}-of-00003.pdparams"
@@ -414,15 +398,15 @@ def test_paddle_tuples_bfloat16_and_ordered_dicts(random_model, tmp_path):
         parameter.data = parameter.data.bfloat16().float()
     model.config.save_pretrained(tmp_path)
     values: OrderedDict[str, Any] = OrderedDict()
-    for name, array in _as_paddle(model).items():
+    for name, array in as_paddle(model).items():
         half = torch.from_numpy(array).bfloat16().view(torch.int16).numpy().view(np.uint16)
         values[name] = (name, half)
-    _write_pdparams(tmp_path, values)
+    write_pdparams(tmp_path, values)
     _assert_same_weights(ErnieMModel.from_pretrained(tmp_path), model)
 
 
 def test_paddle_arrays_of_no_number_are_refused(tmp_path):
-    _write_pdparams(tmp_path, {"a": np.array([None, "x"], dtype=object)})
+    write_pdparams(tmp_path, {"a": np.array([None, "x"], dtype=object)})
     with pytest.raises(CheckpointError, match="unknown kind"):
         tensors_of(tmp_path)
 
@@ -431,14 +415,24 @@ def test_paddle_arrays_of_no_number_are_refused(tmp_path):
 def test_legacy_prefix(random_model, tmp_path, name):
     """Before PaddleNLP 2.4.5 the whole model was called `encoder`."""
     model = random_model(ErnieMForInformationExtraction)
-    values = {}
-    for key, array in _as_paddle(model).items():
-        values["encoder." + key.removeprefix("ernie_m.") if key[:7] == "ernie_m" else key] = array
+    values = as_old_uie(as_paddle(model))
     assert "encoder.encoder.layers.0.self_attn.q_proj.weight" in values
     model.config.save_pretrained(tmp_path)
-    _write_pdparams(tmp_path, values)
+    write_pdparams(tmp_path, values)
     loaded = HEADS[name].from_pretrained(tmp_path)
     _assert_same_weights(loaded, model if "Extraction" in name else model.ernie_m)
+
+
+@pytest.mark.parametrize("prefix", ["", "ernie_m.", "encoder."])
+def test_position_ids_of_old_versions_are_left_out(random_model, tmp_path, prefix):
+    """A table 0, 1, 2, … that PaddleNLP once stored; it was taken for an unexpected tensor."""
+    model = random_model(ErnieMForInformationExtraction if prefix else ErnieMModel)
+    values: dict[str, Any] = dict(as_paddle(model))
+    values = as_old_uie(values) if prefix == "encoder." else values
+    values[f"{prefix}embeddings.position_ids"] = np.arange(66)[None]
+    model.config.save_pretrained(tmp_path)
+    write_pdparams(tmp_path, values)
+    _assert_same_weights(type(model).from_pretrained(tmp_path), model)
 
 
 def test_legacy_nested_config(data_dir, tmp_path):
@@ -455,11 +449,11 @@ def test_legacy_nested_config(data_dir, tmp_path):
 
 def test_paddle_question_answering_calls_its_head_classifier(random_model, tmp_path):
     model = random_model(ErnieMForQuestionAnswering)
-    values = _as_paddle(model)
+    values = as_paddle(model)
     assert "classifier.weight" in values
     assert "qa_outputs.weight" not in values
     model.config.save_pretrained(tmp_path)
-    _write_pdparams(tmp_path, values)
+    write_pdparams(tmp_path, values)
     loaded = ErnieMForQuestionAnswering.from_pretrained(tmp_path)
     assert torch.equal(loaded.qa_outputs.weight, model.qa_outputs.weight)
 

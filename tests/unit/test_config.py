@@ -153,6 +153,14 @@ def test_paddle_legacy_nested_config(tmp_path):
     assert config.mask_mode == "paddle"
 
 
+@pytest.mark.parametrize("mark", [{"paddlenlp_version": None}, {"architectures": ["UIEM"]}])
+def test_paddle_builds_four_times_the_width_whatever_it_wrote(mark):
+    """PaddleNLP writes the 3072 of a base model into the config of a large one, too."""
+    values = {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 3072}
+    assert ErnieMConfig.from_dict({**values, **mark}).intermediate_size == 4096
+    assert ErnieMConfig.from_dict(values).intermediate_size == 3072
+
+
 def test_config_json_wins_over_the_legacy_file(tmp_path):
     _written(tmp_path, {"hidden_size": 24}, "model_config.json")
     assert ErnieMConfig.from_pretrained(_written(tmp_path, {"hidden_size": 48})).hidden_size == 48

@@ -296,6 +296,27 @@ def test_pruned_model_survives_saving(random_model, batch, tmp_path):
     assert again(**batch).logits.shape == expected.shape
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", HEADS)
+@torch.no_grad()
+def test_every_pruned_and_resized_model_survives_saving(random_model, batch, tmp_path, name, dtype):
+    model = random_model(HEADS[name]).to(dtype)
+    model.prune_heads({0: [1, 3], 2: [0]})
+    model.resize_token_embeddings(150)
+    inputs = _for(name, batch["input_ids"])
+    expected = model(inputs, output_hidden_states=True)
+    model.save_pretrained(tmp_path)
+    again = HEADS[name].from_pretrained(tmp_path, dtype=dtype)
+    assert again.config.pruned_heads == {0: [1, 3], 2: [0]}
+    assert again.config.vocab_size == 150
+    found = again(inputs, output_hidden_states=True)
+    for a, b in zip(found.hidden_states, expected.hidden_states, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(found[0], expected[0])
+    again.resize_token_embeddings(120)
+    assert torch.equal(again(inputs)[0], expected[0])
+
+
 @pytest.mark.parametrize("heads", [{0: [4]}, {3: [0]}, {0: [0, 1, 2, 3]}, {-1: [0]}])
 def test_impossible_pruning_changes_nothing(model, heads):
     before = {name: tensor.shape for name, tensor in model.state_dict().items()}

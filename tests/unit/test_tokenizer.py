@@ -545,6 +545,69 @@ def test_damaged_folders_are_named(tmp_path):
             ErnieMTokenizer.from_pretrained(tmp_path)
 
 
+SAMPLING = {"enable_sampling": True, "nbest_size": -1, "alpha": 0.1}
+
+
+@pytest.mark.parametrize("lone_underline", ["hf", "paddle"])
+@pytest.mark.parametrize("way", ["as it is", "pickled", "saved"])
+def test_sampling_survives_pickling_and_saving(tmp_path, way, lone_underline):
+    tokenizer = ErnieMTokenizer.from_pretrained(
+        TINY, sp_model_kwargs=SAMPLING, lone_underline=lone_underline
+    )
+    if way == "pickled":
+        tokenizer = pickle.loads(pickle.dumps(tokenizer))
+    elif way == "saved":
+        tokenizer.save_pretrained(tmp_path)
+        tokenizer = ErnieMTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.sp_model_kwargs == SAMPLING
+    assert len({tuple(tokenizer.encode("internationalisation")) for _ in range(40)}) > 1
+    certain = ErnieMTokenizer.from_pretrained(
+        TINY, sp_model_kwargs={**SAMPLING, "enable_sampling": False}
+    )
+    assert len({tuple(certain.encode("internationalisation")) for _ in range(5)}) == 1
+
+
+@pytest.mark.parametrize(
+    "kwargs", [SAMPLING, {"enable_sampling": True}, {**SAMPLING, "nbest_size": 8, "alpha": 0.5}]
+)
+def test_offsets_of_samples_are_exact(kwargs):
+    """Tokens in order, each over the characters it stands for, all of the text covered."""
+    tokenizer = ErnieMTokenizer.from_pretrained(TINY, sp_model_kwargs=kwargs)
+    texts = [
+        "internationalisation of everything, 2024!",
+        "北京 上海 2月8日",
+        "Москва — столица [SEP] России",
+        "  two  spaces\tand ＷＩＤＥ ofﬁces ",
+        "cafe\u0301 한국어",
+    ]
+    for _ in range(20):
+        batch = tokenizer(texts, return_offsets_mapping=True)
+        for text, ids, offsets in zip(
+            texts, batch["input_ids"], batch["offset_mapping"], strict=True
+        ):
+            assert len(ids) == len(offsets)
+            covered, at, last = set(), 0, (0, 0)
+            for start, end in offsets[1:-1]:
+                assert 0 <= start <= end <= len(text)
+                assert start >= at or (start, end) == last, (text, offsets)
+                at, last = start, (start, end)
+                covered.update(range(start, end))
+            missed = [text[i] for i in range(len(text)) if i not in covered]
+            assert "".join(missed).strip() == "", (text, missed)
+
+
+def test_pieces_of_a_sample_stand_for_their_characters():
+    """Where nothing is normalised, a token that is known is the text it covers."""
+    tokenizer = ErnieMTokenizer.from_pretrained(TINY, sp_model_kwargs=SAMPLING)
+    text = "internationalisation of everything in Москва"
+    for _ in range(30):
+        tokens = tokenizer.encode_batch([text])
+        for index, start, end in zip(tokens.ids, tokens.starts, tokens.ends, strict=True):
+            token = tokenizer.convert_ids_to_tokens(int(index))
+            if token != "[UNK]":
+                assert token.removeprefix("▁") == text[start:end].strip()
+
+
 def test_sampling_varies_the_pieces_but_not_the_text():
     kwargs = {"enable_sampling": True, "nbest_size": -1, "alpha": 0.1}
     tokenizer = ErnieMTokenizer.from_pretrained(TINY, sp_model_kwargs=kwargs)
