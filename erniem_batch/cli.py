@@ -1,40 +1,44 @@
 """The command line: `erniem-batch ner …`, and the same for `python pipelines/ner.py …`.
 
-Flags, help and defaults come from the fields of JobConfig; nothing is said twice.
+Flags, help and defaults come from the fields of JobConfig, of the task's options and of its
+columns; nothing is said twice.
 """
 
+import json
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Annotated, Any
+from dataclasses import asdict, dataclass, replace
+from dataclasses import fields as dataclass_fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 from rich.markup import escape
-from rich.text import Text
 
 from erniem_batch import __version__, storage
+from erniem_batch.config import DEMO
 from erniem_batch.errors import CheckpointError, ConfigError, ErnieMBatchError
 from erniem_batch.job import JobConfig, RunReport, Stopped, replay_job, run_job
-from erniem_batch.job.actor import Receipt
 from erniem_batch.job.letters import DEAD_LETTERS
 from erniem_batch.job.run import default_output
+from erniem_batch.job.view import ResultView
+from erniem_batch.options import (
+    ChooseOptions,
+    ClassifyOptions,
+    EmbedOptions,
+    ExtractOptions,
+    NerOptions,
+    Options,
+    QaOptions,
+)
 
 EXIT_USAGE = 2
 EXIT_INCOMPLETE = 3
 EXIT_SIGTERM = 143
-SHOWN_ROWS = 6
-SHOWN_CHARACTERS = 220
-COLOURS = {
-    "PER": "black on bright_yellow",
-    "LOC": "black on bright_green",
-    "ORG": "black on bright_cyan",
-}
-OTHER_COLOUR = "black on bright_magenta"
-
 app = App(
     name="erniem-batch",
     help="Multilingual tagging with ErnieM, at any scale.",
@@ -43,25 +47,246 @@ app = App(
 )
 
 
+EXIT_CODES = """
+
+    Exit codes: 0 complete, 2 wrong usage or settings, 3 incomplete (run it again), 4 complete but
+    more dead letters than --max-dead-letters, 143 stopped by SIGTERM (run it again).
+    """
+
+# Under which of these names a task has its text.
+TEXT_COLUMNS = ("text_column", "premise_column", "context_column")
+
+# A dataclass whose fields are flags of their own.
+Flat = Parameter(name="*")
+Column = Annotated[str | None, Parameter(negative=())]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextColumn:
+    """Where the text is.
+
+    Args:
+        text_column: Column to read; a dot goes into nested ones: doc.body.
+        language_column: Column with the language of the text, for thresholds by language.
+    """
+
+    text_column: str = "text"
+    language_column: Column = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifyColumns(TextColumn):
+    """Where the texts are.
+
+    Args:
+        text_column: Column to read; a dot goes into nested ones: doc.body.
+        text_pair_column: Column with a second text, read together with the first.
+        language_column: Column with the language of the text, for thresholds by language.
+    """
+
+    text_pair_column: Column = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChooseColumns:
+    """Where premise and choices are.
+
+    Args:
+        premise_column: Column with the premise; a dot goes into nested ones: doc.body.
+        choices_column: Column with a list of choices, any number of them in each row.
+        question_column: Column with a question about the premise, such as cause or effect.
+        language_column: Column with the language of the text, for thresholds by language.
+    """
+
+    premise_column: str = "premise"
+    choices_column: str = "choices"
+    question_column: Column = None
+    language_column: Column = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class QaColumns:
+    """Where question and context are.
+
+    Args:
+        context_column: Column with the text to find answers in; a dot goes into nested ones.
+        question_column: Column with the question.
+        language_column: Column with the language of the text, for thresholds by language.
+    """
+
+    context_column: str = "context"
+    question_column: str = "question"
+    language_column: Column = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractColumns(TextColumn):
+    """Where text and schema are.
+
+    Args:
+        text_column: Column to read; a dot goes into nested ones: doc.body.
+        schema_column: Column with a schema for each row, as text (JSON or YAML), list or mapping;
+            where it is null, --schema counts.
+        language_column: Column with the language of the text, for thresholds by language.
+    """
+
+    schema_column: Column = None
+
+
 @app.command
-def ner(*, config: Annotated[JobConfig, Parameter(name="*")] | None = None) -> int:
+def ner(
+    *,
+    columns: Annotated[TextColumn, Flat] | None = None,
+    options: Annotated[NerOptions, Flat] | None = None,
+    config: Annotated[JobConfig, Flat] | None = None,
+) -> int:
     """Find named entities in Parquet or JSONL shards.
 
     Without flags: tags sample texts in some thirty languages with the demo model and shows what it
     found. Run again after an interruption, it finishes the rest; run again tomorrow, it takes what
     is new or changed.
-
-    Exit codes: 0 complete, 2 wrong usage or settings, 3 incomplete (run it again), 4 complete but
-    more dead letters than --max-dead-letters, 143 stopped by SIGTERM (run it again).
     """
+    return _run(config, options or NerOptions(), columns or TextColumn())
+
+
+@app.command
+def classify(
+    *,
+    columns: Annotated[ClassifyColumns, Flat] | None = None,
+    options: Annotated[ClassifyOptions, Flat] | None = None,
+    config: Annotated[JobConfig, Flat] | None = None,
+) -> int:
+    """Label texts or pairs of texts in Parquet or JSONL shards, or give each a number.
+
+    Without flags: sorts sample texts by topic with the demo model. With --candidate-labels and a
+    model trained for entailment: zero-shot classification.
+    """
+    return _run(config, options or ClassifyOptions(), columns or ClassifyColumns())
+
+
+@app.command
+def choose(
+    *,
+    columns: Annotated[ChooseColumns, Flat] | None = None,
+    options: Annotated[ChooseOptions, Flat] | None = None,
+    config: Annotated[JobConfig, Flat] | None = None,
+) -> int:
+    """Choose among several continuations of a premise in Parquet or JSONL shards.
+
+    Needs --model: no data at hand teaches a demo model to choose.
+    """
+    return _run(config, options or ChooseOptions(), columns or ChooseColumns())
+
+
+@app.command
+def qa(
+    *,
+    columns: Annotated[QaColumns, Flat] | None = None,
+    options: Annotated[QaOptions, Flat] | None = None,
+    config: Annotated[JobConfig, Flat] | None = None,
+) -> int:
+    """Answer questions by parts of their contexts, in Parquet or JSONL shards.
+
+    Without flags: answers sample questions with the demo model.
+    """
+    return _run(config, options or QaOptions(), columns or QaColumns())
+
+
+@app.command
+def embed(
+    *,
+    columns: Annotated[TextColumn, Flat] | None = None,
+    options: Annotated[EmbedOptions, Flat] | None = None,
+    config: Annotated[JobConfig, Flat] | None = None,
+) -> int:
+    """Turn texts in Parquet or JSONL shards into vectors.
+
+    Without flags: embeds sample texts with the demo model.
+    """
+    return _run(config, options or EmbedOptions(), columns or TextColumn())
+
+
+@app.command
+def extract(
+    *,
+    columns: Annotated[ExtractColumns, Flat] | None = None,
+    options: Annotated[ExtractOptions, Flat] | None = None,
+    config: Annotated[JobConfig, Flat] | None = None,
+) -> int:
+    """Extract what a schema names from Parquet or JSONL shards (universal information extraction).
+
+    Without flags: extracts persons, places and organizations from sample texts with the demo model.
+    """
+    return _run(config, options or ExtractOptions(), columns or ExtractColumns())
+
+
+TASK_COMMANDS = (ner, classify, choose, qa, embed, extract)
+for _command in TASK_COMMANDS:
+    _command.__doc__ = (_command.__doc__ or "").rstrip() + EXIT_CODES
+
+
+def _run(config: JobConfig | None, options: Options, columns: Any) -> int:
+    """One job; shows its first results if it is the demo."""
+    named = {field.name: getattr(columns, field.name) for field in dataclass_fields(columns)}
+    (text_column,) = (named.pop(name) for name in TEXT_COLUMNS if name in named)
+    given = {n.removesuffix("_column"): c for n, c in named.items() if c is not None}
     job = config or JobConfig()
+    if job.is_demo:
+        options = _demo_options(job, options)
+        given |= DEMO_FIELDS.get(options.task, {})
+    job = replace(job, options=options, text_column=text_column, fields=given)
     if job.is_demo and job.output is None:
-        job = replace(job, output=default_output())
+        job = replace(job, output=default_output(job.task))
     configure_logging()
     show = None
     if job.is_demo and job.output_format == "parquet":
-        show = EntityView(Console(), storage.normal(job.output or ""))
+        show = ResultView(Console(), storage.normal(job.output or ""), job)
     return _finished(run_job(job, on_receipt=show))
+
+
+# Columns of the sample data that a task does not read unless told.
+DEMO_FIELDS = {"choose": {"question": "question"}}
+
+
+def _demo_options(job: JobConfig, options: Options) -> Options:
+    """What the demo needs and nobody said."""
+    if isinstance(options, ExtractOptions) and options.schema is None:
+        schema = "Person, Location, Organization"
+        return replace(options, schema=schema, schema_lang="en")
+    zero_shot = isinstance(options, ClassifyOptions) and options.candidate_labels is not None
+    if zero_shot and job.model == DEMO:
+        raise ConfigError(
+            "there is no demo model for zero-shot classification, since no data at hand teaches "
+            "it: give a model trained for entailment with --model"
+        )
+    return options
+
+
+@app.command
+def convert(
+    source: Path,
+    target: Path,
+    *,
+    layout: Literal["hf", "paddle"] | None = None,
+    head: str | None = None,
+    mask_mode: Literal["pad", "paddle", "paddle_padded"] | None = None,
+) -> int:
+    """Convert a model folder between the layouts of transformers and PaddleNLP.
+
+    The new folder is checked before it appears: both give the same outputs and the same tokens.
+
+    Args:
+        source: Model folder.
+        target: New folder.
+        layout: Of the new folder. Default: the other one than that of the source.
+        head: Class of the model, such as ErnieMForTokenClassification, where it cannot be told.
+        mask_mode: Which tokens are hidden, see the README. Default: as in the source.
+    """
+    from erniem_batch.model.convert import convert as convert_folder
+
+    report = convert_folder(source, target, layout=layout, head=head, mask_mode=mask_mode)
+    print(json.dumps(asdict(report), default=str))
+    return 0
 
 
 @app.command
@@ -159,47 +384,6 @@ def configure_logging() -> None:
     package.propagate = False
 
 
-class EntityView:
-    """Prints the first rows of each finished file with their entities in colour."""
-
-    def __init__(self, console: Console, output: str) -> None:
-        self._console = console
-        self._output = output
-
-    def __call__(self, receipt: Receipt) -> None:
-        if receipt.error:
-            return
-        table = storage.read_table(storage.join(self._output, receipt.output))
-        rows = table.slice(0, SHOWN_ROWS).to_pylist()
-        for row in rows:
-            if row["entities"]:
-                self._console.print(highlight(row["text"], row["entities"], row.get("lang", "")))
-
-
-def highlight(text: str, entities: Sequence[dict[str, Any]], title: str = "") -> Text:
-    """The text with its entities marked and named; long texts are cut in this view only."""
-    line = Text(f"{title:>8}  ", style="dim")
-    at = 0
-    for entity in entities:
-        if entity["end"] > SHOWN_CHARACTERS:
-            break
-        line.append(_flat(text[at : entity["start"]]), style="default not dim")
-        style = COLOURS.get(entity["label"], OTHER_COLOUR)
-        line.append(_flat(entity["text"]), style=f"not dim {style}")
-        line.append(f" {entity['label']}", style="bold not dim")
-        at = entity["end"]
-    rest = text[at : max(at, SHOWN_CHARACTERS)]
-    line.append(
-        _flat(rest) + (" …" if len(text) > max(at, SHOWN_CHARACTERS) else ""),
-        style="default not dim",
-    )
-    return line
-
-
-def _flat(text: str) -> str:
-    return "".join(" " if char.isspace() else char for char in text)
-
-
 def print_summary(report: RunReport, console: Console) -> None:
     """The closing figures, for people."""
     rows = [
@@ -210,7 +394,7 @@ def print_summary(report: RunReport, console: Console) -> None:
         ("rows in", f"{report.n_rows:,}"),
         ("rows out", f"{report.n_ok:,}"),
         ("dead letters", f"{report.n_dead:,}"),
-        ("entities", f"{report.n_entities:,}"),
+        (report.noun, f"{report.n_found:,}"),
         ("tokens", f"{report.n_tokens:,}"),
         ("windows", f"{report.n_windows:,}"),
         ("padding", f"{report.padding_share:.1%}"),

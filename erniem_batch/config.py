@@ -1,14 +1,12 @@
 """What a predictor may be told, checked when it is made: mistakes are found at the start."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from erniem_batch.errors import ConfigError
+from erniem_batch.options import NerOptions, Options
 
 DEMO = "demo"
-DEMO_MODEL = Path(__file__).parent / "demo" / "model"
-TASKS = ("ner",)
-AGGREGATION_STRATEGIES = ("none", "simple", "first", "average", "max")
 DTYPES = ("float32", "bfloat16", "float16")
 N_SPECIAL_TOKENS = 2
 
@@ -24,10 +22,8 @@ class PredictorConfig:
     Args:
         model: a model folder; its URL (s3, gs, az); org/name of the Hugging Face hub; or `demo`
             for the one that comes with the package.
-        task: which task of `erniem_batch.tasks` to run.
-        aggregation_strategy: how token labels become entities.
-        min_score: entities that score lower are left out; None: what the model's config.json
-            recommends (`task_specific_params.ner.min_score`), else 0.
+        options: of the task, and by their class which task of `erniem_batch.tasks` to run.
+        detect_language: find out the language of each text, for thresholds by language.
         window_tokens: longest model input, special tokens included.
         overlap_tokens: tokens that two neighbouring windows of a long text share.
         max_batch_tokens: padded tokens in one forward pass; None: by device.
@@ -37,9 +33,8 @@ class PredictorConfig:
     """
 
     model: str = DEMO
-    task: str = "ner"
-    aggregation_strategy: str = "simple"
-    min_score: float | None = None
+    options: Options = field(default_factory=NerOptions)
+    detect_language: bool = False
     window_tokens: int = 512
     overlap_tokens: int = 128
     max_batch_tokens: int | None = None
@@ -48,17 +43,8 @@ class PredictorConfig:
     n_threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise ConfigError(f"task must be one of {', '.join(TASKS)}, got {self.task!r}")
-        if self.aggregation_strategy not in AGGREGATION_STRATEGIES:
-            raise ConfigError(
-                f"aggregation_strategy must be one of {', '.join(AGGREGATION_STRATEGIES)}, "
-                f"got {self.aggregation_strategy!r}"
-            )
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.min_score is not None and not 0 <= self.min_score <= 1:
-            raise ConfigError(f"min_score must be from 0 to 1, got {self.min_score}")
         if self.window_tokens <= N_SPECIAL_TOKENS:
             raise ConfigError(
                 f"window_tokens={self.window_tokens} leaves no room for text beside "
@@ -85,6 +71,11 @@ class PredictorConfig:
         return self.max_batch_tokens or max(default, self.window_tokens)
 
     @property
+    def task(self) -> str:
+        """Name of the task."""
+        return self.options.task
+
+    @property
     def model_folder(self) -> Path:
         """Where the model is on this machine; fetched first if it is elsewhere.
 
@@ -92,7 +83,7 @@ class PredictorConfig:
             ConfigError: there is no such model.
             StorageError: it cannot be fetched in full.
         """
-        # Later than at the top: `fetch` takes the demo's place from here.
+        # Later than at the top: `fetch` reaches object storage, which few need.
         from erniem_batch.model.fetch import local_folder
 
-        return local_folder(self.model)
+        return local_folder(self.model, self.task)

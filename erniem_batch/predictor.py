@@ -8,20 +8,24 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import copy
+from dataclasses import replace
+from itertools import islice
 from threading import Lock
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from erniem_batch.batching import plan_batches
 from erniem_batch.config import PredictorConfig
 from erniem_batch.errors import ConfigError, DeviceError, RecordError
 from erniem_batch.isolation import run_isolated
+from erniem_batch.language import detect_languages
 from erniem_batch.model.checkpoint import PreTrainedModel
 from erniem_batch.model.config import ErnieMConfig
-from erniem_batch.model.heads import ErnieMForTokenClassification
+from erniem_batch.model.heads import HEADS, ErnieMForMultipleChoice
+from erniem_batch.model.outputs import SpanOutput
 from erniem_batch.records import (
     Counters,
     Encoded,
@@ -33,44 +37,12 @@ from erniem_batch.records import (
     Window,
 )
 from erniem_batch.tasks.base import Task
-from erniem_batch.tasks.ner import NerTask
+from erniem_batch.tasks.make import make_task
 from erniem_batch.text.tokenizer import ErnieMTokenizer
 
 logger = logging.getLogger(__name__)
 
 MAX_REASON_CHARS = 300
-
-
-def min_score_of(config: PredictorConfig, model_config: ErnieMConfig) -> float:
-    """The threshold asked for, else the one that was found best for the model."""
-    if config.min_score is not None:
-        return config.min_score
-    params = model_config.extra.get("task_specific_params") or {}
-    value = (params.get(config.task) or {}).get("min_score", 0.0)
-    if not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ConfigError(
-            f"task_specific_params.{config.task}.min_score in config.json must be from 0 to 1, "
-            f"got {value!r}"
-        )
-    return float(value)
-
-
-def make_task(
-    config: PredictorConfig, tokenizer: ErnieMTokenizer, model_config: ErnieMConfig
-) -> Task:
-    """The task of a config, for the labels of a model.
-
-    Raises:
-        ConfigError: the model's labels or its recommended settings do not fit the task.
-    """
-    return NerTask(
-        tokenizer,
-        model_config.labels,
-        aggregation_strategy=config.aggregation_strategy,
-        min_score=min_score_of(config, model_config),
-        window_tokens=config.window_tokens,
-        overlap_tokens=config.overlap_tokens,
-    )
 
 
 def usable_device(name: str | None) -> torch.device:
@@ -122,72 +94,112 @@ class Predictor:
             CheckpointError: the folder is incomplete or lacks the head of the task.
         """
         folder = config.model_folder
+        model_config = ErnieMConfig.from_pretrained(folder)
         tokenizer = ErnieMTokenizer.from_pretrained(folder)
-        model = ErnieMForTokenClassification.from_pretrained(folder, dtype=config.dtype)
-        if config.window_tokens > model.config.max_tokens:
+        if config.window_tokens > model_config.max_tokens:
             raise ConfigError(
                 f"window_tokens={config.window_tokens} is more than the model holds: lower "
-                f"--window-tokens to at most {model.config.max_tokens}"
+                f"--window-tokens to at most {model_config.max_tokens}"
             )
+        task = make_task(config, tokenizer, model_config)
+        model = HEADS[task.head].from_pretrained(
+            folder, dtype=config.dtype, mask_mode=task.mask_mode, **task.head_options
+        )
         if len(tokenizer) > model.config.vocab_size:
             raise ConfigError(
                 f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only "
                 f"{model.config.vocab_size}: they do not belong together"
             )
-        return cls(config, tokenizer, model, make_task(config, tokenizer, model.config))
+        return cls(config, tokenizer, model, task)
+
+    def with_options(self, **changes: Any) -> Self:
+        """The same model with other options of its task; what it shares is safe to share.
+
+        Raises:
+            ConfigError: a value is impossible, or changes the model itself.
+        """
+        if not changes:
+            return self
+        other = copy(self)
+        other.config = replace(self.config, options=replace(self.config.options, **changes))
+        other.task = make_task(other.config, self.tokenizer, self.model.config)
+        for name in ("head", "head_options", "mask_mode"):
+            if getattr(other.task, name) != getattr(self.task, name):
+                raise ConfigError(f"{', '.join(changes)}: choose when the model is loaded")
+        return other
 
     def predict(self, records: Sequence[Record]) -> list[Outcome]:
         """One outcome for each record, in the same order. A bad record never harms another."""
-        encoded = self.encode(records)
-        outputs = self.forward([w for e in encoded if isinstance(e, Encoded) for w in e.windows])
-        outcomes: list[Outcome] = []
-        at = 0
-        with self._timed("decode"):
-            for item in encoded:
-                if isinstance(item, Failure):
-                    outcomes.append(item)
-                else:
-                    mine = outputs[at : at + len(item.windows)]
-                    at += len(item.windows)
-                    outcomes.append(self.decode(item, mine))
-        return outcomes
+        answered: dict[int, Outcome] = {}
+        waiting: list[tuple[int, Encoded]] = []
+        for i, item in enumerate(self.encode(records)):
+            if isinstance(item, Failure):
+                answered[i] = item
+            else:
+                waiting.append((i, item))
+        while waiting:  # once, unless the task has follow-up questions
+            outputs = iter(self.forward([w for _, item in waiting for w in item.windows]))
+            asking = []
+            with self._timed("decode"):
+                for i, item in waiting:
+                    outcome = self.decode(item, list(islice(outputs, len(item.windows))))
+                    if isinstance(outcome, Encoded):
+                        asking.append((i, outcome))
+                    else:
+                        answered[i] = outcome
+            waiting = asking
+        return [answered[i] for i in range(len(records))]
 
     def encode(self, records: Sequence[Record]) -> list[Encoded | Failure]:
         """Tokens and windows of each record."""
         with self._timed("encode"):
+            if self.config.detect_language:
+                records = detect_languages(records)
             encoded = self.task.encode(records)
         with self._counting:
             self.counters.records += len(records)
             for item in encoded:
                 if isinstance(item, Encoded):
-                    self.counters.tokens += len(item.token_ids)
-                    self.counters.windows += len(item.windows)
+                    self.counters.tokens += item.n_tokens
         return encoded
 
     def forward(self, windows: Sequence[Window]) -> list[FloatArray | Failure]:
         """The model's rows for each window, padding cut off: (tokens, columns), float32.
 
-        A window that the model cannot process gives a Failure instead. When memory runs out,
-        batches become smaller from here on.
+        Heads that look at whole texts give one row. A window that the model cannot process gives a
+        Failure instead. Equal windows are computed once and share their rows. When memory runs
+        out, batches become smaller from here on.
 
         Raises:
             DeviceError: the device can no longer be used.
         """
         return self._forward_thread.submit(self._forward_all, windows).result()
 
-    def decode(self, encoded: Encoded, outputs: Sequence[FloatArray | Failure]) -> Outcome:
-        """The outcome of one record from the rows of its windows."""
-        record_id = encoded.record.id
+    def decode(
+        self, encoded: Encoded, outputs: Sequence[FloatArray | Failure]
+    ) -> Outcome | Encoded:
+        """The outcome of one record from the rows of its windows; Encoded: there is more to ask."""
+        record = encoded.record
         rows = []
         for output in outputs:
             if isinstance(output, Failure):
-                return Failure(record_id, output.stage, output.error, output.reason)
+                return Failure(record.id, output.stage, output.error, output.reason)
             rows.append(output)
         try:
+            more = self.task.follow_up(encoded, rows)
+            if more is not None:
+                return more
             value = self.task.decode(encoded, rows)
         except RecordError as error:
-            return Failure(record_id, "decode", type(error).__name__, str(error))
-        return Prediction(record_id, value, len(encoded.token_ids), len(encoded.windows))
+            return Failure(record.id, "decode", type(error).__name__, str(error))
+        return Prediction(
+            record.id,
+            value,
+            encoded.n_tokens,
+            encoded.n_earlier_windows + len(encoded.windows),
+            encoded.truncated,
+            record.language if self.config.detect_language else None,
+        )
 
     # ---- on the forward thread ----------------------------------------------------------------
 
@@ -197,10 +209,16 @@ class Predictor:
 
     def _forward_all(self, windows: Sequence[Window]) -> list[FloatArray | Failure]:
         outputs: dict[int, FloatArray | Failure] = {}
+        places: dict[bytes, int] = {}
+        place_of = [places.setdefault(w.ids.tobytes(), len(places)) for w in windows]
+        distinct = dict(zip(place_of, windows, strict=True))
         with self._timed("forward"):
-            while not self._forward_rest(windows, outputs):
+            while not self._forward_rest([distinct[i] for i in range(len(distinct))], outputs):
                 self._halve_batches()
-        return [outputs[i] for i in range(len(windows))]
+        with self._counting:
+            self.counters.windows += len(windows)
+            self.counters.repeated_windows += len(windows) - len(distinct)
+        return [outputs[i] for i in place_of]
 
     def _forward_rest(
         self, windows: Sequence[Window], outputs: dict[int, FloatArray | Failure]
@@ -265,12 +283,37 @@ class Predictor:
         ids_BL = np.full(shape, self.tokenizer.pad_token_id, dtype=np.int64)
         for row, window in zip(ids_BL, windows, strict=True):
             row[: len(window.ids)] = window.ids
-        logits_BLC: Tensor = self.model(torch.from_numpy(ids_BL).to(self.device)).logits
+        scores = self._scores(ids_BL)
         with self._counting:
             self.counters.padded_tokens += ids_BL.size
             self.counters.real_tokens += sum(lengths)
-        rows_BLC = logits_BLC.float().cpu().numpy()
-        return [rows[:length] for rows, length in zip(rows_BLC, lengths, strict=True)]
+        if scores.ndim == 2:
+            return list(scores[:, None, :])
+        return [rows[:length] for rows, length in zip(scores, lengths, strict=True)]
+
+    def _scores(self, ids_BL: np.ndarray) -> FloatArray:
+        """What the head gives: (batch, tokens, columns), or (batch, columns) for whole texts."""
+        input_ids = torch.from_numpy(ids_BL).to(self.device)
+        if isinstance(self.model, ErnieMForMultipleChoice):
+            input_ids = input_ids[:, None]  # each choice by itself: their number differs
+        arguments = {}
+        if self.task.padding_position_zero:
+            arguments["position_ids"] = torch.from_numpy(self._positions(ids_BL)).to(self.device)
+        output = self.model(input_ids, **arguments)
+        if isinstance(output, SpanOutput):
+            assert output.start_logits is not None
+            assert output.end_logits is not None
+            scores = torch.stack([output.start_logits, output.end_logits], dim=-1)
+        else:
+            scores = output.logits
+        array: FloatArray = scores.float().cpu().numpy()
+        return array
+
+    def _positions(self, ids_BL: np.ndarray) -> np.ndarray:
+        """0, 1, 2, … up to the last token that is not padding, then 0."""
+        is_real = ids_BL != self.tokenizer.pad_token_id
+        until = np.flip(np.maximum.accumulate(np.flip(is_real, 1), axis=1), 1)
+        return np.where(until, np.arange(ids_BL.shape[1]), 0)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

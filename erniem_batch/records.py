@@ -1,6 +1,6 @@
 """What travels through the predictor: records in, one outcome each out, in the same order."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +17,21 @@ class Record:
 
     Attributes:
         id: names the row in errors; never its text.
-        text: what to read. Anything but a string makes the record fail.
+        text: what to read: the text, the context of a question, the premise of choices. Anything
+            but a string makes the record fail.
+        fields: what else the task reads, by name: `text_pair`, `question`, `choices`, `schema`;
+            and `language`, for thresholds.
     """
 
     id: str
     text: Any
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def language(self) -> str | None:
+        """Language of the text, where it is known."""
+        language = self.fields.get("language")
+        return language if isinstance(language, str) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +43,14 @@ class Window:
         first: which of the record's tokens comes first here.
         n_tokens: how many of the record's tokens are here; they follow each other.
         offset: where in `ids` the first of them stands.
+        part: which of the record's questions it belongs to: choice, candidate label or prompt.
     """
 
     ids: IntArray
     first: int
     n_tokens: int
     offset: int
+    part: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +58,13 @@ class Encoded:
     """A record ready for the model.
 
     Attributes:
-        token_ids: all of its tokens, without special tokens.
+        token_ids: all tokens of its text, without special tokens.
         starts, ends: characters of each token in the original text, half-open.
         windows: what the model reads; together they cover every token.
+        n_other_tokens: of question, choices and the like.
+        n_earlier_windows: read before, in earlier rounds of questions.
+        truncated: whether a part of the text goes unread, as was asked for.
+        state: what the task has to remember.
     """
 
     record: Record
@@ -56,23 +72,15 @@ class Encoded:
     starts: IntArray
     ends: IntArray
     windows: Sequence[Window]
+    n_other_tokens: int = 0
+    n_earlier_windows: int = 0
+    truncated: bool = False
+    state: Any = None
 
-
-@dataclass(frozen=True, slots=True)
-class Entity:
-    """A named entity; `text[start:end]` is its text.
-
-    Attributes:
-        word: the text, or the token itself with aggregation strategy `none`.
-        index: place of the token in its text, counted from 1; strategy `none` only.
-    """
-
-    start: int
-    end: int
-    label: str
-    word: str
-    score: float
-    index: int | None = None
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all that the record brings, without special ones."""
+        return len(self.token_ids) + self.n_other_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +88,11 @@ class Prediction:
     """What was found in one record.
 
     Attributes:
-        value: of the task; for NER a list of Entity.
-        n_tokens: tokens of the text, without special tokens.
+        value: of the task, see there; for NER a list of Entity.
+        n_tokens: tokens of text, question and the like, without special tokens.
         n_windows: model inputs it took.
         truncated: whether a part of the text went unread.
+        language: that was found, if it was looked for.
     """
 
     id: str
@@ -91,6 +100,7 @@ class Prediction:
     n_tokens: int = 0
     n_windows: int = 0
     truncated: bool = False
+    language: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +127,7 @@ class Counters:
     """What a predictor has done so far.
 
     Attributes:
+        repeated_windows: windows equal to another one, which were computed once.
         oom_halvings: how often batches were made smaller because memory ran out.
         seconds: wall time in each phase.
     """
@@ -124,6 +135,7 @@ class Counters:
     records: int = 0
     tokens: int = 0
     windows: int = 0
+    repeated_windows: int = 0
     padded_tokens: int = 0
     real_tokens: int = 0
     oom_halvings: int = 0

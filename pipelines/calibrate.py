@@ -16,8 +16,10 @@ from evaluate import read_by_language, spans_of
 
 from erniem_batch.config import PredictorConfig
 from erniem_batch.metrics import span_scores
+from erniem_batch.options import NerOptions
 from erniem_batch.predictor import Predictor
-from erniem_batch.records import Entity, Prediction, Record
+from erniem_batch.records import Prediction, Record
+from erniem_batch.tasks.ner import Entity
 
 
 def main() -> int:
@@ -29,7 +31,9 @@ def main() -> int:
     parser.add_argument("--step", type=float, default=0.05)
     args = parser.parse_args()
 
-    predictor = Predictor.load(PredictorConfig(model=str(args.model), min_score=0.0))
+    predictor = Predictor.load(
+        PredictorConfig(model=str(args.model), options=NerOptions(min_score=0.0))
+    )
     by_language = read_by_language(args.data)
     found = {language: predict(predictor, records) for language, records in by_language.items()}
     best = (-1.0, 0.0)

@@ -12,10 +12,11 @@ import json
 from collections import defaultdict
 from typing import Any
 
-from erniem_batch.config import AGGREGATION_STRATEGIES, DEMO, PredictorConfig
+from erniem_batch.config import DEMO, PredictorConfig
 from erniem_batch.job.jsonl import open_jsonl
 from erniem_batch.labels import Span
 from erniem_batch.metrics import SpanScores, span_scores
+from erniem_batch.options import AGGREGATION_STRATEGIES, NerOptions
 from erniem_batch.predictor import Predictor
 from erniem_batch.records import Prediction, Record
 
@@ -35,8 +36,9 @@ def main() -> int:
     predictor = Predictor.load(
         PredictorConfig(
             model=args.model,
-            aggregation_strategy=args.aggregation_strategy,
-            min_score=args.min_score,
+            options=NerOptions(
+                aggregation_strategy=args.aggregation_strategy, min_score=args.min_score
+            ),
             n_threads=args.threads,
         )
     )

@@ -21,10 +21,16 @@ from erniem_batch.job.chunks import Chunk
 from erniem_batch.job.config import JobConfig
 from erniem_batch.job.read import UnitReader
 from erniem_batch.job.units import Unit
+from erniem_batch.job.write import COUNTED_SCHEMA
 from erniem_batch.model.fetch import model_digest
 from erniem_batch.model.outputs import LogitsOutput
+from erniem_batch.options import NerOptions, option_names
 from erniem_batch.predictor import Predictor, make_task
 from erniem_batch.records import Failure, Outcome, Record
+from erniem_batch.tasks.ner import NerTask
+
+# What a job adds to the columns of its input when it looks for named entities.
+ADDED_SCHEMA = pa.schema([*NerTask.schema, *COUNTED_SCHEMA])
 
 LABELS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 
@@ -155,12 +161,22 @@ def read_unit(
     unit: Unit, text_column: str, columns: Sequence[str] | None, schema: pa.Schema
 ) -> Iterator[Chunk]:
     """The rows of a unit, in order."""
-    return UnitReader(unit, text_column, columns, schema).chunks()
+    return UnitReader(unit, text_column, columns, schema, added=ADDED_SCHEMA.names).chunks()
+
+
+def ner_config(cls: Any, **values: Any) -> Any:
+    """A PredictorConfig or JobConfig, options of NER among its values."""
+    own = {name: values.pop(name) for name in option_names("ner") if name in values}
+    return cls(options=NerOptions(**own), **values)
 
 
 def make_predictor(model: nn.Module, tokenizer: ErnieMTokenizer, **options: Any) -> Predictor:
-    """A predictor for a model that no folder holds."""
-    config = PredictorConfig(device="cpu", n_threads=1, **options)
+    """A predictor for a model that no folder holds.
+
+    Args:
+        options: of NerOptions and of PredictorConfig.
+    """
+    config = ner_config(PredictorConfig, device="cpu", n_threads=1, **options)
     task = make_task(config, tokenizer, model.config)
     return Predictor(config, tokenizer, model, task)
 

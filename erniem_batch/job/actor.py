@@ -6,7 +6,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from erniem_batch.records import Failure, Outcome, Prediction, Record
 logger = logging.getLogger(__name__)
 
 EXIT_DEVICE = 76
-COUNTS = ("n_rows", "n_ok", "n_dead", "n_entities", "n_tokens", "n_windows", "n_truncated")
+COUNTS = ("n_rows", "n_ok", "n_dead", "n_found", "n_tokens", "n_windows", "n_truncated")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,7 @@ class Receipt:
         output: name of its file in the output folder.
         error: why the whole unit has no output; empty if it has.
         n_rows: rows read: n_ok + n_dead.
+        n_found: entities, answers or whatever the task finds.
         n_bytes: read from storage.
         output_bytes: size of the output file.
         found: whether it was done already.
@@ -53,7 +54,7 @@ class Receipt:
     n_rows: int = 0
     n_ok: int = 0
     n_dead: int = 0
-    n_entities: int = 0
+    n_found: int = 0
     n_tokens: int = 0
     n_windows: int = 0
     n_truncated: int = 0
@@ -166,8 +167,16 @@ class UnitTagger:
     def _work(self, unit: Unit, name: str, attempt: Attempt) -> Receipt:
         started = time.perf_counter()
         run = self._run
-        reader = UnitReader(unit, run.config.text_column, run.config.carried_columns, run.schema)
-        tally = _Tally()
+        config = run.config
+        reader = UnitReader(
+            unit,
+            config.text_column,
+            config.carried_columns,
+            run.schema,
+            fields=config.fields,
+            added=config.added_columns,
+        )
+        tally = _Tally(self._predictor.task.count)
         n_written, n_bytes = write_tables(
             run.output,
             name,
@@ -210,8 +219,8 @@ class UnitTagger:
 
     def _tag_chunk(self, chunk: Chunk, tally: "_Tally", attempt: Attempt) -> pa.Table:
         records = [
-            Record(str(place.row), text)
-            for place, text in zip(chunk.places, chunk.texts, strict=True)
+            Record(str(place.row), text, {name: v[i] for name, v in chunk.fields.items()})
+            for i, (place, text) in enumerate(zip(chunk.places, chunk.texts, strict=True))
         ]
         if attempt.row_by_row:
             outcomes = self._one_by_one(records, tally.n_seen, attempt)
@@ -229,7 +238,9 @@ class UnitTagger:
                 kept.append(i)
                 predictions.append(outcome)
         tally.add(predictions)
-        return add_predictions(_take(chunk.table, kept), predictions)
+        language = self._predictor.config.detect_language
+        rows = _take(chunk.table, kept)
+        return add_predictions(rows, predictions, self._predictor.task, language=language)
 
     def _one_by_one(self, records: Sequence[Record], first: int, attempt: Attempt) -> list[Outcome]:
         """Outcomes of records of which one ends the process."""
@@ -287,11 +298,12 @@ class _Turns:
 class _Tally:
     """Counts of a unit while it is worked on."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: Callable[[Any], int]) -> None:
+        self._count = count
         self.bad: list[BadRow] = []
         self.n_seen = 0  # rows that could be read
         self.n_unread = 0  # and those that could not
-        self.n_ok = self.n_entities = self.n_tokens = self.n_windows = self.n_truncated = 0
+        self.n_ok = self.n_found = self.n_tokens = self.n_windows = self.n_truncated = 0
 
     @property
     def n_dead(self) -> int:
@@ -309,7 +321,7 @@ class _Tally:
 
     def add(self, predictions: list[Prediction]) -> None:
         self.n_ok += len(predictions)
-        self.n_entities += sum(len(p.value) for p in predictions)
+        self.n_found += sum(self._count(p.value) for p in predictions)
         self.n_tokens += sum(p.n_tokens for p in predictions)
         self.n_windows += sum(p.n_windows for p in predictions)
         self.n_truncated += sum(p.truncated for p in predictions)

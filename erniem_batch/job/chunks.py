@@ -8,7 +8,6 @@ from typing import Any
 import pyarrow as pa
 
 from erniem_batch.errors import ConfigError
-from erniem_batch.job.config import ADDED_COLUMNS
 from erniem_batch.job.units import Unit
 from erniem_batch.records import Failure
 
@@ -60,6 +59,7 @@ class Chunk:
     Attributes:
         table: columns to carry into the output.
         texts: one a row of the table; a value that is not a string is the predictor's to refuse.
+        fields: what else the task reads, by name; one value a row.
         places: of each row.
         bad: rows that could not be read.
         share: of the unit that has been read with this chunk, 0 to 1.
@@ -72,6 +72,7 @@ class Chunk:
     bad: list[BadRow] = field(default_factory=list)
     share: float = 1.0
     whole: pa.Table | None = None
+    fields: dict[str, list[Any]] = field(default_factory=dict)
 
 
 def rest_of(
@@ -95,14 +96,19 @@ def select(schema: pa.Schema, columns: Sequence[str], where: str) -> pa.Schema:
     return pa.schema([schema.field(name) for name in columns])
 
 
-def require_no_clash(schema: pa.Schema) -> None:
+def require_no_clash(schema: pa.Schema, added: Sequence[str]) -> None:
     """Raises a ConfigError if columns to carry have names of those that the job adds."""
-    taken = [name for name in schema.names if name in ADDED_COLUMNS]
+    taken = [name for name in schema.names if name in added]
     if taken:
         raise ConfigError(
             f"the input has columns that the job adds itself ({', '.join(taken)}): rename them, or "
             f"name the columns to carry with --columns"
         )
+
+
+def flag_of(name: str) -> str:
+    """The flag that says which column something is in."""
+    return f"--{name.replace('_', '-')}-column"
 
 
 def no_column(column: str, names: Sequence[str], where: str, flag: str = "--text-column") -> str:

@@ -1,6 +1,7 @@
 """The one typed configuration of a job, checked when it is made; flags are made from it."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -8,9 +9,12 @@ from cyclopts import Parameter
 
 from erniem_batch.config import PredictorConfig
 from erniem_batch.errors import ConfigError
+from erniem_batch.language import require_detector
+from erniem_batch.options import EmbedOptions, ExtractOptions, NerOptions, Options
 
-# Columns that a job adds to those of the input.
-ADDED_COLUMNS = ("entities", "n_tokens", "n_windows", "truncated")
+# Columns that every job adds to those of the input, beside those of its task.
+COUNTED_COLUMNS = ("n_tokens", "n_windows", "truncated")
+LANGUAGE_COLUMN = "detected_language"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,16 +28,11 @@ class JobConfig:
             that ended, and takes only files that are new or changed. Needed with --input.
         model: Model folder of transformers or PaddleNLP, its URL, org/name on the Hugging Face Hub,
             or "demo".
-        text_column: Column to read; a dot goes into nested ones: doc.body.
         columns: Input columns to carry into the output, comma-separated. Default: all.
         limit: Stop after so many rows of the input.
         input_format: Default: by file name (.parquet; .jsonl, .ndjson or .json, also with .gz or
             .zst).
         output_format: One output file for each unit of work, in this format.
-        aggregation_strategy: How token labels become entities: none gives tokens; simple groups
-            neighbours of one kind; first, average and max first give each word one label.
-        min_score: Leave out entities that score lower (0 to 1). Default: what the model's
-            config.json recommends (task_specific_params.ner.min_score), else 0.
         window_tokens: Longest model input, special tokens included; longer texts are read in
             overlapping windows.
         overlap_tokens: Tokens that neighbouring windows share (the doc_stride of Hugging Face's
@@ -55,6 +54,12 @@ class JobConfig:
         unit_timeout: Seconds without progress after which an actor counts as hung and is replaced.
         overwrite: Start anew although there are results with other settings; these stay valid until
             the new ones are complete.
+        detect_language: Find out the language of each text, for thresholds by language, and add it
+            as a column (pip install 'erniem-batch[lang]').
+        options: Of the task, and by their class which task it is.
+        text_column: Column of the text (the context of qa, the premise of choose); a dot goes into
+            nested ones: doc.body.
+        fields: Columns of what else the task reads, by its name in Record.fields.
 
     Raises:
         ConfigError: a value is impossible; says what was expected and what came.
@@ -63,13 +68,10 @@ class JobConfig:
     input: Annotated[list[str], Parameter(negative=())] = field(default_factory=list)
     output: str | None = None
     model: str = PredictorConfig.model
-    text_column: str = "text"
     columns: str | None = None
     limit: int | None = None
     input_format: Literal["auto", "parquet", "jsonl"] = "auto"
     output_format: Literal["parquet", "jsonl"] = "parquet"
-    aggregation_strategy: Literal["none", "simple", "first", "average", "max"] = "simple"
-    min_score: float | None = None
     window_tokens: int = PredictorConfig.window_tokens
     overlap_tokens: int = PredictorConfig.overlap_tokens
     max_batch_tokens: int | None = None
@@ -82,6 +84,10 @@ class JobConfig:
     max_dead_letters: str = "0"
     unit_timeout: float | None = 1800.0
     overwrite: bool = False
+    detect_language: Annotated[bool, Parameter(negative=())] = False
+    options: Annotated[Options, Parameter(parse=False)] = field(default_factory=NerOptions)
+    text_column: Annotated[str, Parameter(parse=False)] = "text"
+    fields: Annotated[Mapping[str, str], Parameter(parse=False)] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, minimum in (("limit", 1), ("unit_bytes", 1), ("num_cpus_per_actor", 1)):
@@ -97,17 +103,35 @@ class JobConfig:
             raise ConfigError("--output is needed with --input: give a folder for the results")
         if not self.text_column:
             raise ConfigError("--text-column must name a column")
+        needs_schema = isinstance(self.options, ExtractOptions) and self.options.schema is None
+        if needs_schema and "schema" not in self.fields:
+            raise ConfigError("--schema is needed, or --schema-column: what to extract")
+        if isinstance(self.options, EmbedOptions) and self.options.pooling == "none":
+            raise ConfigError("--pooling none is for pipeline('feature-extraction') alone")
+        if self.detect_language:
+            require_detector()
         if self.unit_timeout is not None and self.unit_timeout <= 0:
             raise ConfigError(
                 f"--unit-timeout must be more than 0 seconds, got {self.unit_timeout}"
             )
         _ = self.actor_range, self.predictor, self.allowed_dead_letters  # they check themselves
-        clash = [name for name in self.carried_columns or () if name in ADDED_COLUMNS]
+        clash = [name for name in self.carried_columns or () if name in self.added_columns]
         if clash:
             raise ConfigError(
                 f"--columns {', '.join(clash)}: the job adds columns of this name; "
                 f"rename them in the input or leave them out"
             )
+
+    @property
+    def task(self) -> str:
+        """Name of the task."""
+        return self.options.task
+
+    @property
+    def added_columns(self) -> tuple[str, ...]:
+        """Columns that the job adds to those of the input."""
+        language = (LANGUAGE_COLUMN,) if self.detect_language else ()
+        return (*self.options.added_columns, *language, *COUNTED_COLUMNS)
 
     @property
     def is_demo(self) -> bool:
@@ -151,8 +175,8 @@ class JobConfig:
         """What each actor loads; threads are set once the CPUs of an actor are known."""
         return PredictorConfig(
             model=self.model,
-            aggregation_strategy=self.aggregation_strategy,
-            min_score=self.min_score,
+            options=self.options,
+            detect_language=self.detect_language,
             window_tokens=self.window_tokens,
             overlap_tokens=self.overlap_tokens,
             max_batch_tokens=self.max_batch_tokens,

@@ -7,7 +7,7 @@ and lose a whole file to one bad line.
 import gzip
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from typing import IO, TYPE_CHECKING, Any
@@ -22,10 +22,10 @@ from erniem_batch.job.chunks import (
     BadRow,
     Chunk,
     Place,
+    flag_of,
     no_column,
     rest_of,
 )
-from erniem_batch.job.config import ADDED_COLUMNS
 from erniem_batch.job.units import SourceFile, Unit
 from erniem_batch.records import Failure
 
@@ -45,10 +45,13 @@ MAX_JSON_DEPTH = 100
 MAX_TYPE_DEPTH = 32
 
 
-def schema_of_sample(sample: list[dict[str, Any]], text_column: str) -> pa.Schema:
-    if not any(_has(row, text_column) for row in sample):
-        names = sorted({name for row in sample for name in row})
-        raise ConfigError(no_column(text_column, names, "the JSONL input"))
+def schema_of_sample(
+    sample: list[dict[str, Any]], text_column: str, fields: Mapping[str, str]
+) -> pa.Schema:
+    for flag, column in {"text": text_column, **fields}.items():
+        if not any(_has(row, column) for row in sample):
+            names = sorted({name for row in sample for name in row})
+            raise ConfigError(no_column(column, names, "the JSONL input", flag_of(flag)))
     # As in read_jsonl: rows that will be refused have no say in the types of the others.
     usable = [row for row in sample if isinstance(_get(row, text_column), str)]
     return _infer_schema(usable or sample)
@@ -84,12 +87,13 @@ def jsonl_chunks(
         try:
             value = _parse(place.line or b"")
             if reader.columns is None:
-                _require_no_clash(value)
+                _require_no_clash(value, reader.added)
             objects.append(value)
             places.append(place)
         except RecordError as error:
             bad.append(BadRow(place, Failure("", "read", "RecordError", str(error))))
     texts = [_get(value, reader.text_column) for value in objects]
+    fields = {name: [_get(v, column) for v in objects] for name, column in reader.fields.items()}
     # Rows that the predictor will refuse have no say in the types of the others.
     usable = [v if isinstance(t, str) else {} for v, t in zip(objects, texts, strict=True)]
     table = _to_table(usable, reader.schema, reader.columns)
@@ -98,7 +102,8 @@ def jsonl_chunks(
         share = min(1.0, (start + CHUNK_ROWS) / max(len(objects), 1))
         # Not simply CHUNK_ROWS: a table without columns takes any length for its own.
         piece = table.slice(start, len(texts[part]))
-        yield Chunk(piece, texts[part], places[part], bad, share)
+        mine = {name: values[part] for name, values in fields.items()}
+        yield Chunk(piece, texts[part], places[part], bad, share, fields=mine)
         bad = []
 
 
@@ -218,8 +223,8 @@ def _depth(value: Any) -> int:
     return depth
 
 
-def _require_no_clash(value: dict[str, Any]) -> None:
-    clash = [name for name in ADDED_COLUMNS if name in value]
+def _require_no_clash(value: dict[str, Any], added: Sequence[str]) -> None:
+    clash = [name for name in added if name in value]
     if clash:
         raise RecordError(
             f"the job adds a column {clash[0]!r} itself: name the ones to carry with --columns"

@@ -17,6 +17,7 @@ from erniem_batch.job.chunks import (
     CONTENT_ERRORS,
     Chunk,
     Place,
+    flag_of,
     no_column,
     require_no_clash,
     rest_of,
@@ -34,11 +35,28 @@ def parquet_schema(path: str) -> pa.Schema:
 
 
 def require_text(schema: pa.Schema, text_column: str, path: str) -> None:
+    """Raises a ConfigError unless the column is there and holds strings."""
+    field = require_column(schema, text_column, path, "--text-column")
+    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+    if not (
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    ):
+        raise ConfigError(
+            f"{path}: --text-column {text_column} must hold strings, but is {field.type}"
+        )
+
+
+def require_column(schema: pa.Schema, column: str, path: str, flag: str) -> pa.Field:
+    """The field of a column, which may be nested.
+
+    Raises:
+        ConfigError: there is no such column.
+    """
     field: pa.Field | None = None
-    if text_column in schema.names:
-        field = schema.field(text_column)
+    if column in schema.names:
+        field = schema.field(column)
     else:
-        head, *rest = text_column.split(".")
+        head, *rest = column.split(".")
         field = schema.field(head) if head in schema.names else None
         for name in rest:
             if field is not None and pa.types.is_struct(field.type):
@@ -47,14 +65,8 @@ def require_text(schema: pa.Schema, text_column: str, path: str) -> None:
             else:
                 field = None
     if field is None:
-        raise ConfigError(no_column(text_column, schema.names, path))
-    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-    if not (
-        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    ):
-        raise ConfigError(
-            f"{path}: --text-column {text_column} must hold strings, but is {field.type}"
-        )
+        raise ConfigError(no_column(column, schema.names, path, flag))
+    return field
 
 
 def read_parquet(reader: "UnitReader", unit: Unit) -> Iterator[Chunk]:
@@ -81,10 +93,10 @@ def _unreadable(reader: "UnitReader", unit: Unit, error: BaseException) -> Chunk
 def _parquet_chunks(
     reader: "UnitReader", unit: Unit, file: pq.ParquetFile, schema: pa.Schema
 ) -> Iterator[Chunk]:
-    top = reader.text_column
-    top = top if top in schema.names else top.split(".")[0]
+    wanted = (reader.text_column, *reader.fields.values())
+    tops = [name if name in schema.names else name.split(".")[0] for name in wanted]
     carried = schema.names if reader.columns is None else list(reader.columns)
-    needed = None if reader.columns is None else list(dict.fromkeys([*carried, top]))
+    needed = None if reader.columns is None else list(dict.fromkeys([*carried, *tops]))
     # A unit without row groups is an empty file, or one whose footer could not be read before.
     groups = unit.row_groups or tuple(range(file.num_row_groups))
     if not sum(file.metadata.row_group(g).num_rows for g in groups):
@@ -120,13 +132,40 @@ def _parquet_chunks(
 
 def table_chunk(reader: "UnitReader", table: pa.Table, places: list[Place]) -> Chunk:
     """Rows of a Parquet file as a chunk."""
-    literal = reader.text_column in table.column_names
-    top, *inner = [reader.text_column] if literal else reader.text_column.split(".")
+    texts = _strings(_values(table, reader.text_column))
+    fields = {name: _plain(_values(table, column)) for name, column in reader.fields.items()}
+    carried = table if reader.columns is None else table.select(reader.columns)
+    return Chunk(carried, texts, places, fields=fields)
+
+
+def _values(table: pa.Table, column: str) -> pa.Array:
+    """A column by its name, or a nested one."""
+    top, *inner = [column] if column in table.column_names else column.split(".")
     values = table[top].combine_chunks()
     for name in inner:
         values = pc.struct_field(values, name)
-    carried = table if reader.columns is None else table.select(reader.columns)
-    return Chunk(carried, _strings(values), places)
+    return values
+
+
+def _plain(values: pa.Array) -> list[Any]:
+    """Values in plain Python types; strings that are not UTF-8 as bytes."""
+    try:
+        plain: list[Any] = values.to_pylist()
+    except UnicodeDecodeError:
+        if pa.types.is_nested(values.type):  # one bad string in a list: row by row
+            return [_plain_or_none(values, i) for i in range(len(values))]
+        return _strings(values)
+    if pa.types.is_struct(values.type):
+        # A struct has all fields in all rows: those that are null were not given.
+        return [value and {k: v for k, v in value.items() if v is not None} for value in plain]
+    return plain
+
+
+def _plain_or_none(values: pa.Array, row: int) -> Any:
+    try:
+        return values[row].as_py()
+    except UnicodeDecodeError:
+        return None
 
 
 def _tables(batches: Iterator[pa.RecordBatch], skip: int) -> Iterator[pa.Table]:
@@ -143,8 +182,10 @@ def _require_usable(schema: pa.Schema, reader: "UnitReader") -> None:
     if doubled:
         raise ConfigError(f"several columns have the same name ({', '.join(doubled)}): rename them")
     require_text(schema, reader.text_column, reader.unit.path)
+    for name, column in reader.fields.items():
+        require_column(schema, column, reader.unit.path, flag_of(name))
     carried = schema if reader.columns is None else select(schema, reader.columns, "the file")
-    require_no_clash(carried)
+    require_no_clash(carried, reader.added)
 
 
 def whole_rows(unit: Unit, rows: Sequence[int]) -> pa.Table:

@@ -66,12 +66,19 @@ def open_run(
         generation = before.generation + 1
     settings = settings_of(config, predictor, model_config, digest)
     source = files_of(found if found is not None else FILE_SCHEMA.empty_table())
+    schema = input_schema(
+        source,
+        config.text_column,
+        config.carried_columns,
+        fields=config.fields,
+        added=config.added_columns,
+    )
     info = RunInfo(
         generation=generation,
         fingerprint=fingerprint(settings),
         settings=settings,
-        schema=encode_schema(input_schema(source, config.text_column, config.carried_columns)),
-        job=asdict(config),
+        schema=encode_schema(schema),
+        job={**asdict(config), "task": config.task},
         versions=versions(),
     )
     folder.write_info(info)

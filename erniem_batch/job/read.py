@@ -1,15 +1,15 @@
 """A unit's rows as chunks, whatever format they are in; and the columns that a run has."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from erniem_batch import storage
 from erniem_batch.errors import ConfigError, StorageError
-from erniem_batch.job.chunks import CONTENT_ERRORS, Chunk, require_no_clash, select
+from erniem_batch.job.chunks import CONTENT_ERRORS, Chunk, flag_of, require_no_clash, select
 from erniem_batch.job.jsonl import read_jsonl, sample, schema_of_sample
-from erniem_batch.job.parquet import parquet_schema, read_parquet, require_text
+from erniem_batch.job.parquet import parquet_schema, read_parquet, require_column, require_text
 from erniem_batch.job.units import SourceFile, Unit
 
 SAMPLED_FILES = 8  # JSONL files that have a say in the types of columns
@@ -21,6 +21,8 @@ class UnitReader:
     Args:
         columns: to carry; None: all.
         schema: of the carried columns, as `input_schema` found it.
+        fields: what else the task reads: name by name, its column.
+        added: columns that the job adds.
 
     Attributes:
         n_bytes: read from storage so far.
@@ -32,8 +34,13 @@ class UnitReader:
         text_column: str,
         columns: Sequence[str] | None,
         schema: pa.Schema,
+        *,
+        fields: Mapping[str, str] | None = None,
+        added: Sequence[str] = (),
     ) -> None:
         self.unit = unit
+        self.fields = dict(fields or {})
+        self.added = added
         self.text_column = text_column
         self.columns = columns
         self.schema = schema
@@ -79,16 +86,25 @@ def _changed(unit: Unit) -> StorageError:
 
 
 def input_schema(
-    files: Iterable[SourceFile], text_column: str, columns: Sequence[str] | None
+    files: Iterable[SourceFile],
+    text_column: str,
+    columns: Sequence[str] | None,
+    *,
+    fields: Mapping[str, str] | None = None,
+    added: Sequence[str] = (),
 ) -> pa.Schema:
     """The carried columns and their types, from the first files that can be read.
 
     A later file may have other columns: its output then has them too.
 
+    Args:
+        fields, added: as for UnitReader.
+
     Raises:
         ConfigError: no file can be used, the text column or a carried one doesn't exist, or the
             text is no text.
     """
+    fields = fields or {}
     rows: list[dict[str, Any]] = []
     n_sampled = 0
     problems: list[Exception] = []
@@ -96,7 +112,7 @@ def input_schema(
     for file in files:
         try:
             if file.format == "parquet":
-                schema = _usable_schema(file, text_column, columns)
+                schema = _usable_schema(file, text_column, columns, fields)
                 break
             found = sample(file)
             rows += found
@@ -106,18 +122,22 @@ def input_schema(
         if n_sampled == SAMPLED_FILES:
             break
     if schema is None and rows:
-        schema = schema_of_sample(rows, text_column)
+        schema = schema_of_sample(rows, text_column, fields)
     if schema is None and problems:
         _raise_worst(problems)
     schema = pa.schema([]) if schema is None else schema
     schema = schema if columns is None else select(schema, columns, "the input")
-    require_no_clash(schema)
+    require_no_clash(schema, added)
     return schema
 
 
-def _usable_schema(file: SourceFile, text_column: str, columns: Sequence[str] | None) -> pa.Schema:
+def _usable_schema(
+    file: SourceFile, text_column: str, columns: Sequence[str] | None, fields: Mapping[str, str]
+) -> pa.Schema:
     schema = parquet_schema(file.path)
     require_text(schema, text_column, file.path)
+    for name, column in fields.items():
+        require_column(schema, column, file.path, flag_of(name))
     return schema if columns is None else select(schema, columns, file.path)
 
 

@@ -27,6 +27,7 @@ class RunReport:
         n_units, n_units_now: in the folder; worked on by this run.
         failed_units: receipts with an error; they are tried again by the next run.
         n_dead_allowed: rows that may be dead letters.
+        noun: what n_found counts.
         n_removed_inputs: files that were tagged once and are no longer in the input.
         n_bytes_read: by the actors, from storage.
         n_tokens_now, padding_share, seconds, working_seconds: of this run.
@@ -35,13 +36,14 @@ class RunReport:
     output: str
     n_units: int
     n_units_now: int
+    noun: str = "entities"
     failed_units: tuple[Receipt, ...] = ()
     n_missing: int = 0
     n_rows: int = 0
     n_ok: int = 0
     n_dead: int = 0
     n_dead_allowed: float = 0
-    n_entities: int = 0
+    n_found: int = 0
     n_tokens: int = 0
     n_windows: int = 0
     n_truncated: int = 0

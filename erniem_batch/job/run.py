@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +46,7 @@ from erniem_batch.job.units import (
     find_files,
 )
 from erniem_batch.model.fetch import local_folder, model_digest
+from erniem_batch.options import demo_data, options_of
 from erniem_batch.predictor import Predictor
 
 logger = logging.getLogger(__name__)
@@ -100,6 +100,7 @@ def replay_job(
     if info is None or read_manifest(storage.normal(output)) is None:
         raise ConfigError(f"{output} holds no complete run: dead letters are replayed after it")
     known = {name: info.job[name] for name in JobConfig.__dataclass_fields__ if name in info.job}
+    known["options"] = options_of(info.job["task"], info.job["options"])
     config = JobConfig(**{**known, **changes, "output": output, "overwrite": False})
     return _run(config, on_receipt, replay=True)
 
@@ -107,9 +108,10 @@ def replay_job(
 def _run(config: JobConfig, on_receipt: OnReceipt | None, replay: bool) -> RunReport:
     with _stopped_by_sigterm():
         with _preflight():
-            output = storage.normal(config.output or default_output())
+            config = replace(config, options=config.options.resolved())
+            output = storage.normal(config.output or default_output(config.task))
             found = None if replay else _find(config)
-            model = local_folder(config.model)
+            model = local_folder(config.model, config.task)
             digest = model_digest(model)
         with _leased(output) as lease:
             return _go_on(config, on_receipt, lease, found, model, digest)
@@ -176,13 +178,13 @@ def _leased(output: str) -> Iterator[Lease]:
         lease.release(how)
 
 
-def default_output() -> str:
+def default_output(task: str) -> str:
     """A new folder, for sample texts."""
-    return f"out/ner-{time.strftime('%Y%m%d-%H%M%S')}"
+    return f"out/{task}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def _find(config: JobConfig) -> pa.Table:
-    inputs = config.input or [str(files("erniem_batch") / "demo" / "data")]
+    inputs = config.input or [str(demo_data(config.task))]
     return find_files(inputs, config.input_format)
 
 
@@ -285,6 +287,7 @@ def make_report(
         logger.info("inputs no longer there: %d, such as %s", len(removed), removed[0])
     return RunReport(
         output=output,
+        noun=config.options.noun,
         n_units=len(state.done) + len(state.todo),
         n_units_now=len(work.receipts),
         failed_units=tuple(receipt for receipt in work.receipts if receipt.error),

@@ -4,6 +4,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -11,10 +12,10 @@ from erniem_batch import __version__
 from erniem_batch.config import PredictorConfig
 from erniem_batch.job.config import JobConfig
 from erniem_batch.model.config import ErnieMConfig
-from erniem_batch.predictor import min_score_of
+from erniem_batch.tasks.make import min_score_of
 
 # Raised with every change of the package that changes answers: results of two are not mixed.
-RESULTS_VERSION = 1
+RESULTS_VERSION = 2
 
 RECORDED_PACKAGES = ("torch", "ray", "pyarrow", "sentencepiece", "numpy")
 
@@ -42,13 +43,23 @@ def settings_of(
         "limit": config.limit,
         "input-format": config.input_format,
         "output-format": config.output_format,
-        "aggregation-strategy": config.aggregation_strategy,
-        "min-score": min_score_of(predictor, model_config),
+        "detect-language": config.detect_language,
+        **{f"{name.replace('_', '-')}-column": column for name, column in config.fields.items()},
+        **_options(predictor, model_config),
         "window-tokens": config.window_tokens,
         "overlap-tokens": config.overlap_tokens,
         "max-batch-tokens": tokens or predictor.token_budget(str(predictor.device)),
         "dtype": config.dtype,
     }
+
+
+def _options(predictor: PredictorConfig, model_config: ErnieMConfig) -> dict[str, Any]:
+    """Options of the task, the threshold in force among them."""
+    # As JSON gives them back: to be compared with those of an earlier run.
+    values = json.loads(json.dumps(asdict(predictor.options)))
+    if "min_score" in values:
+        values["min_score"] = min_score_of(predictor, model_config)
+    return {name.replace("_", "-"): value for name, value in values.items()}
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:

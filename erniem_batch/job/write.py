@@ -6,28 +6,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import IO, Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from erniem_batch import storage
-from erniem_batch.records import Entity, Prediction
+from erniem_batch.job.config import LANGUAGE_COLUMN
+from erniem_batch.records import Prediction
+from erniem_batch.tasks.base import Task
 
 MARKS = b"erniem_batch"
 SIDECARS = "_run/sidecars"
 
-ENTITY = pa.struct(
+COUNTED_SCHEMA = pa.schema(
     [
-        ("start", pa.int32()),
-        ("end", pa.int32()),
-        ("label", pa.string()),
-        ("text", pa.string()),
-        ("score", pa.float32()),
-    ]
-)
-ADDED_SCHEMA = pa.schema(
-    [
-        ("entities", pa.list_(ENTITY)),
         ("n_tokens", pa.int32()),
         ("n_windows", pa.int32()),
         ("truncated", pa.bool_()),
@@ -35,27 +26,24 @@ ADDED_SCHEMA = pa.schema(
 )
 
 
-def add_predictions(table: pa.Table, predictions: Sequence[Prediction]) -> pa.Table:
-    """The table with the columns of ADDED_SCHEMA; one prediction a row, in order."""
-    entities: list[Entity] = [entity for p in predictions for entity in p.value]
-    counts = np.array([0, *(len(p.value) for p in predictions)], dtype=np.int32)
-    struct = pa.StructArray.from_arrays(
-        [
-            pa.array([e.start for e in entities], pa.int32()),
-            pa.array([e.end for e in entities], pa.int32()),
-            pa.array([e.label for e in entities], pa.string()),
-            pa.array([e.word for e in entities], pa.string()),
-            pa.array([e.score for e in entities], pa.float32()),
-        ],
-        fields=list(ENTITY),
-    )
-    added = [
-        pa.ListArray.from_arrays(np.cumsum(counts, dtype=np.int32), struct),
-        pa.array([p.n_tokens for p in predictions], pa.int32()),
-        pa.array([p.n_windows for p in predictions], pa.int32()),
-        pa.array([p.truncated for p in predictions], pa.bool_()),
-    ]
-    for field, column in zip(ADDED_SCHEMA, added, strict=True):
+def add_predictions(
+    table: pa.Table, predictions: Sequence[Prediction], task: Task, *, language: bool = False
+) -> pa.Table:
+    """The table with the task's columns and those of COUNTED_SCHEMA; one prediction a row.
+
+    The types are the same however many predictions there are.
+
+    Args:
+        language: whether the language that was found is a column too.
+    """
+    added = dict(zip(task.schema, task.columns([p.value for p in predictions]), strict=True))
+    if language:
+        found = pa.array([p.language for p in predictions], pa.string())
+        added[pa.field(LANGUAGE_COLUMN, pa.string())] = found
+    for field in COUNTED_SCHEMA:
+        values = [getattr(p, field.name) for p in predictions]
+        added[field] = pa.array(values, field.type)
+    for field, column in added.items():
         table = table.append_column(field, column)
     return table
 

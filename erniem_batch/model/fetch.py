@@ -19,8 +19,10 @@ from pathlib import Path
 from filelock import FileLock
 
 from erniem_batch import storage
-from erniem_batch.config import DEMO, DEMO_MODEL
+from erniem_batch.config import DEMO
 from erniem_batch.errors import ConfigError, StorageError
+from erniem_batch.model.overlay import base_folder, base_name
+from erniem_batch.options import demo_model
 from erniem_batch.storage import FileInfo
 
 logger = logging.getLogger(__name__)
@@ -51,19 +53,20 @@ def is_model_file(name: str) -> bool:
     return _matches(name, MODEL_FILES) and not _matches(name, OTHER_FILES)
 
 
-def local_folder(model: str) -> Path:
+def local_folder(model: str, task: str = "ner") -> Path:
     """Where a model lies on this machine, fetched before if it is elsewhere.
 
     Args:
         model: `demo`; a folder; `s3://`, `gs://`, `az://` or `file://` and the URL of a folder;
             `hf://org/name`, `hf://org/name@revision` or `org/name` for the Hugging Face hub.
+        task: which demo model is meant by `demo`.
 
     Raises:
         ConfigError: there is no such model, or the package that fetches it is not installed.
         StorageError: the model cannot be read in full.
     """
     if model == DEMO:
-        return DEMO_MODEL
+        return demo_model(task)
     scheme, _, rest = model.rpartition("://")
     if scheme in STORAGE_SCHEMES:
         return _downloaded(storage.normal(model))
@@ -84,14 +87,28 @@ def local_folder(model: str) -> Path:
 def model_digest(folder: Path) -> str:
     """SHA-256, in hex, over names and contents of all files that decide a model's answers.
 
-    The same as `sha256sum FILES | sha256sum` in the folder, files sorted by name.
+    The same as `sha256sum FILES | sha256sum` in the folder, files sorted by name; those of the base
+    of an overlay come after, as `../model/config.json`.
+
+    Raises:
+        CheckpointError: an overlay without its base.
     """
+    lines = _digest_lines(folder, prefix="")
+    base = base_folder(folder)
+    if base is not None:
+        lines += _digest_lines(base, prefix=f"{base_name(folder)}/")
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _digest_lines(folder: Path, prefix: str) -> list[str]:
+    """What `sha256sum` says of the files of a model."""
     lines = []
     for path in sorted(folder.iterdir()):
         if is_model_file(path.name) and path.is_file():
             stat = path.stat()
-            lines.append(f"{_file_digest(path, stat.st_size, stat.st_mtime_ns)}  {path.name}\n")
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+            digest = _file_digest(path, stat.st_size, stat.st_mtime_ns)
+            lines.append(f"{digest}  {prefix}{path.name}\n")
+    return lines
 
 
 @lru_cache(maxsize=1024)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -283,6 +284,56 @@ class ErnieMForInformationExtraction(_Head):
         return output
 
 
+class ErnieMForEmbedding(_Head):
+    """One vector for a whole text. It has no weights of its own; any encoder will do.
+
+    Args:
+        pooling: `cls`: the vector of the first token; `pooler`: that one behind the trained pooler;
+            `mean` or `max` over all tokens that are not padding, special ones included; `none`: the
+            vectors of all tokens.
+    """
+
+    pooled = False
+
+    def __init__(self, config: ErnieMConfig, pooling: str = "mean") -> None:
+        super().__init__(config)
+        self.pooling = pooling
+        if pooling == "pooler":
+            self.ernie_m = ErnieMModel(config)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        return_dict: bool | None = None,
+        **encoder_arguments: Any,
+    ) -> LogitsOutput:
+        """logits (batch, hidden), not normalised; with pooling `none` (batch, tokens, hidden).
+
+        Args:
+            encoder_arguments: see ErnieMModel.forward.
+        """
+        encoded = self._encode(input_ids, encoder_arguments)
+        is_real_BL1 = (input_ids != self.config.pad_token_id)[:, :, None]
+        hidden_BLD = encoded.last_hidden_state
+        if self.pooling == "pooler":
+            assert encoded.pooler_output is not None
+            vectors_BD = encoded.pooler_output
+        elif self.pooling == "none":
+            vectors_BD = hidden_BLD
+        elif self.pooling == "cls":
+            vectors_BD = hidden_BLD[:, 0]
+        elif self.pooling == "max":
+            vectors_BD = hidden_BLD.masked_fill(~is_real_BL1, -torch.inf).amax(dim=1)
+        else:
+            # Half precision cannot add up hundreds of numbers.
+            dtype = torch.promote_types(hidden_BLD.dtype, torch.float32)
+            sums_BD = (hidden_BLD.to(dtype) * is_real_BL1).sum(dim=1)
+            vectors_BD = (sums_BD / is_real_BL1.sum(dim=1).clamp(min=1)).to(hidden_BLD.dtype)
+        output: LogitsOutput = self._finish(LogitsOutput(None, vectors_BD), encoded, return_dict)
+        return output
+
+
 def _position_loss(logits_BL: Tensor, positions: Tensor) -> Tensor:
     n_tokens = logits_BL.size(1)
     if positions.ndim > 1:
@@ -299,5 +350,6 @@ HEADS: dict[str, type[PreTrainedModel]] = {
         ErnieMForTokenClassification,
         ErnieMForQuestionAnswering,
         ErnieMForInformationExtraction,
+        ErnieMForEmbedding,
     )
 }

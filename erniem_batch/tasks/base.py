@@ -3,26 +3,170 @@
 A task knows nothing of batches, devices or Ray; the predictor knows nothing of labels.
 """
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
 
-from erniem_batch.records import Encoded, Failure, FloatArray, Record
+import numpy as np
+import pyarrow as pa
+
+from erniem_batch.errors import RecordError
+from erniem_batch.records import Encoded, Failure, FloatArray, Record, Window
+from erniem_batch.text.segments import Tokens
+from erniem_batch.text.tokenizer import ErnieMTokenizer
+from erniem_batch.text.windows import WindowMaker
+
+# Place of a record in its batch, the record, and the tokens of its text.
+Reader = Callable[[int, Record, Tokens], Encoded]
 
 
-class Task(Protocol):
-    """One head of ErnieM put to use."""
+class Task(ABC):
+    """One head of ErnieM put to use.
 
+    Attributes:
+        text_name: what the record's text is called in errors.
+        head: name of the class in `erniem_batch.model.heads`.
+        head_options: arguments of its constructor.
+        mask_mode: instead of the one in the model's config.
+        padding_position_zero: padding stands at position 0, as in PaddleNLP's Taskflow.
+        schema: of the columns that hold the values.
+    """
+
+    head: ClassVar[str]
+    text_name: ClassVar[str] = "text"
+    head_options: Mapping[str, Any] = {}
+    mask_mode: str | None = None
+    padding_position_zero: bool = False
+    schema: pa.Schema
+
+    def __init__(
+        self, tokenizer: ErnieMTokenizer, *, window_tokens: int = 512, overlap_tokens: int = 128
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.windows = WindowMaker(
+            tokenizer.cls_token_id, tokenizer.sep_token_id, window_tokens, overlap_tokens
+        )
+
+    @abstractmethod
     def encode(self, records: Sequence[Record]) -> list[Encoded | Failure]:
         """Tokens and windows of each record; a record that cannot be read becomes a Failure."""
-        ...
 
-    def decode(self, encoded: Encoded, outputs: Sequence[FloatArray]) -> Any:
-        """The value of one record.
+    def follow_up(self, encoded: Encoded, outputs: Sequence[FloatArray]) -> Encoded | None:
+        """What else has to be asked, once these windows are read. Most tasks ask only once.
 
         Args:
-            outputs: for each window, the model's rows (tokens with special ones, columns).
+            outputs: as in `decode`.
 
         Raises:
             RecordError: the outputs are unusable.
         """
-        ...
+        return None
+
+    @abstractmethod
+    def decode(self, encoded: Encoded, outputs: Sequence[FloatArray]) -> Any:
+        """The value of one record, when there is nothing more to ask.
+
+        Args:
+            outputs: for each window, the model's rows, float32: (tokens with special ones, columns)
+                of heads that look at tokens, (1, columns) of heads that look at texts. Windows
+                may share one array: never change it.
+
+        Raises:
+            RecordError: the outputs are unusable.
+        """
+
+    @abstractmethod
+    def columns(self, values: Sequence[Any]) -> list[pa.Array]:
+        """Values of many records as columns, in the order of `schema`."""
+
+    def count(self, value: Any) -> int:
+        """How many things were found, for the report."""
+        return len(value)
+
+    # ---- for encode ---------------------------------------------------------------------------
+
+    def encode_texts(self, records: Sequence[Record], read: Reader) -> list[Encoded | Failure]:
+        """Tokenizes all texts at once and lets `read` make windows of each."""
+        texts = [record.text if isinstance(record.text, str) else "" for record in records]
+        tokens = self.tokenizer.encode_batch(texts)
+        outcomes: list[Encoded | Failure] = []
+        for i, record in enumerate(records):
+            try:
+                require_string(record.text, self.text_name)
+                outcomes.append(read(i, record, tokens.of(i)))
+            except RecordError as error:
+                outcomes.append(Failure(record.id, "encode", type(error).__name__, str(error)))
+        return outcomes
+
+    def tokens_of(self, values: Sequence[Any]) -> list[Tokens]:
+        """Tokens of each value; none for what is not a string."""
+        texts = [value if isinstance(value, str) else "" for value in values]
+        tokens = self.tokenizer.encode_batch(texts)
+        return [tokens.of(i) for i in range(len(texts))]
+
+
+def require_string(value: Any, name: str) -> str:
+    """The value, if it is a string.
+
+    Raises:
+        RecordError: it is not; says what it is, never its content.
+    """
+    if not isinstance(value, str):
+        came = "null" if value is None else type(value).__name__
+        raise RecordError(f"{name} must be a string, got {came}")
+    return value
+
+
+def require_finite(scores: FloatArray) -> None:
+    """Raises a RecordError unless all are numbers."""
+    if not np.isfinite(scores).all():
+        raise RecordError("the model gave scores that are not numbers: try --dtype float32")
+
+
+def encoded_of(record: Record, tokens: Tokens, windows: Sequence[Window], **more: Any) -> Encoded:
+    """A record with its tokens and windows."""
+    return Encoded(record, tokens.ids, tokens.starts, tokens.ends, windows, **more)
+
+
+# ---- scores of whole texts ---------------------------------------------------------------------
+
+
+def first_only(encoded: Encoded) -> Encoded:
+    """The same without the windows behind the first one of each part; says that it is cut."""
+    kept = [window for window in encoded.windows if window.first == 0]
+    cut = len(kept) < len(encoded.windows)
+    return replace(encoded, windows=kept, truncated=cut)
+
+
+def pool_windows(scores_WC: FloatArray, windows: Sequence[Window], pooling: str) -> FloatArray:
+    """One row of scores from those of several windows.
+
+    Args:
+        scores_WC: (windows, columns).
+        pooling: mean, weighted by the tokens of each window; max of each column; first.
+    """
+    if len(scores_WC) == 1 or pooling == "first":
+        first: FloatArray = scores_WC[0]
+        return first
+    if pooling == "max":
+        highest: FloatArray = scores_WC.max(axis=0)
+        return highest
+    weights = np.array([max(window.n_tokens, 1) for window in windows], dtype=np.float32)
+    mean: FloatArray = (scores_WC * (weights / weights.sum())[:, None]).sum(axis=0)
+    return mean
+
+
+def softmax(logits: FloatArray) -> FloatArray:
+    """Probabilities over the last axis, float32."""
+    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    probs: FloatArray = shifted / shifted.sum(axis=-1, keepdims=True)
+    return probs
+
+
+def sigmoid(logits: FloatArray) -> FloatArray:
+    """Each logit as a probability, float32."""
+    # By the sign, so that exp never overflows.
+    small = np.exp(-np.abs(logits))
+    probs: FloatArray = np.where(logits >= 0, 1 / (1 + small), small / (1 + small))
+    return probs

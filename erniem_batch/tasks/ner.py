@@ -15,13 +15,19 @@ compete, which can lose an entity or cut it in two.
 import re
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
+import pyarrow as pa
 
-from erniem_batch.errors import ConfigError, RecordError
-from erniem_batch.records import Encoded, Entity, Failure, FloatArray, Record, Window
+from erniem_batch.errors import ConfigError
+from erniem_batch.records import Encoded, Failure, FloatArray, Record
+from erniem_batch.tasks.base import Task, encoded_of, require_finite, softmax
+from erniem_batch.text.offsets import Offsets
 from erniem_batch.text.tokenizer import ErnieMTokenizer
-from erniem_batch.text.windows import stitch, window_starts
+from erniem_batch.text.windows import stitch
+from erniem_batch.thresholds import Thresholds
 
 OUTSIDE = "O"
 
@@ -30,6 +36,35 @@ _UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u19e0-\u19ff\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029"
     "\u3038-\u303b\u3041-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\ua9e0-\ua9ff\uaa60-\uaa7f"
     "\uf900-\ufaff\uff66-\uff9f\U0001b000-\U0001b16f\U00020000-\U0003ffff]"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Entity:
+    """A named entity; `text[start:end]` is its text.
+
+    Attributes:
+        start, end: in code points, unless another unit was asked for.
+        word: the text, or the token itself with aggregation strategy `none`.
+        index: place of the token in its text, counted from 1; strategy `none` only.
+    """
+
+    start: int
+    end: int
+    label: str
+    word: str
+    score: float
+    index: int | None = None
+
+
+ENTITY = pa.struct(
+    [
+        ("start", pa.int32()),
+        ("end", pa.int32()),
+        ("label", pa.string()),
+        ("text", pa.string()),
+        ("score", pa.float32()),
+    ]
 )
 
 
@@ -71,14 +106,18 @@ class LabelScheme:
         return groups
 
 
-class NerTask:
+class NerTask(Task):
     """Token classification with windows for long texts.
 
     Args:
         labels: names by index, as in the model's config.
         aggregation_strategy: none, simple, first, average or max.
         min_score: entities that score lower are left out.
+        offset_unit: of start and end.
     """
+
+    head: ClassVar[str] = "ErnieMForTokenClassification"
+    schema = pa.schema([("entities", pa.list_(ENTITY))])
 
     def __init__(
         self,
@@ -86,7 +125,8 @@ class NerTask:
         labels: Sequence[str],
         *,
         aggregation_strategy: str = "simple",
-        min_score: float = 0.0,
+        min_score: Thresholds | float = 0.0,
+        offset_unit: str = "codepoint",
         window_tokens: int = 512,
         overlap_tokens: int = 128,
     ) -> None:
@@ -95,42 +135,20 @@ class NerTask:
                 f"the model has no {OUTSIDE!r} label, so every token would be an entity; its "
                 f"labels are {', '.join(labels[:8])}: is it fine-tuned for named entities?"
             )
-        self._tokenizer = tokenizer
+        super().__init__(tokenizer, window_tokens=window_tokens, overlap_tokens=overlap_tokens)
         self._scheme = LabelScheme(labels)
         self._strategy = aggregation_strategy
-        self._min_score = min_score
-        self._size = window_tokens - tokenizer.num_special_tokens_to_add()
-        self._overlap = overlap_tokens
+        self._min_score = min_score if isinstance(min_score, Thresholds) else Thresholds(min_score)
+        self._unit = offset_unit
 
     def encode(self, records: Sequence[Record]) -> list[Encoded | Failure]:
         """Tokens and windows of each record."""
-        readable = [record for record in records if isinstance(record.text, str)]
-        tokens = self._tokenizer.encode_batch([record.text for record in readable])
-        splits = tokens.splits.tolist()
-        outcomes: list[Encoded | Failure] = []
-        at = 0
-        for record in records:
-            if not isinstance(record.text, str):
-                came = "null" if record.text is None else type(record.text).__name__
-                outcomes.append(
-                    Failure(
-                        record.id, "encode", "RecordError", f"text must be a string, got {came}"
-                    )
-                )
-                continue
-            part = slice(splits[at], splits[at + 1])
-            at += 1
-            ids, starts, ends = tokens.ids[part], tokens.starts[part], tokens.ends[part]
-            outcomes.append(Encoded(record, ids, starts, ends, self._windows(ids)))
-        return outcomes
-
-    def _windows(self, ids: np.ndarray) -> list[Window]:
-        cls, sep = self._tokenizer.cls_token_id, self._tokenizer.sep_token_id
-        windows = []
-        for first in window_starts(len(ids), self._size, self._overlap):
-            body = ids[first : first + self._size]
-            windows.append(Window(np.concatenate([[cls], body, [sep]]), first, len(body), offset=1))
-        return windows
+        return self.encode_texts(
+            records,
+            lambda _, record, tokens: encoded_of(
+                record, tokens, self.windows.single(tokens.ids) if len(tokens.ids) else []
+            ),
+        )
 
     def decode(self, encoded: Encoded, outputs: Sequence[FloatArray]) -> list[Entity]:
         """Entities in text order."""
@@ -141,8 +159,7 @@ class NerTask:
             for window, output in zip(encoded.windows, outputs, strict=True)
         ]
         logits = stitch(parts, [window.first for window in encoded.windows])
-        if not np.isfinite(logits).all():
-            raise RecordError("the model gave scores that are not numbers: try --dtype float32")
+        require_finite(logits)
         probs = softmax(logits)
         text: str = encoded.record.text
         starts, ends = encoded.starts, encoded.ends
@@ -157,7 +174,7 @@ class NerTask:
         if not len(index):
             return []
         probs, starts, ends = probs[index], starts[index], ends[index]
-        unknown = encoded.token_ids[index] == self._tokenizer.unk_token_id
+        unknown = encoded.token_ids[index] == self.tokenizer.unk_token_id
         if self._strategy == "none":
             return self._tokens(encoded, index, probs)
         if self._strategy != "simple":
@@ -168,31 +185,43 @@ class NerTask:
         label_ids = probs.argmax(1)
         scores = probs[np.arange(len(probs)), label_ids]
         entities = []
+        place, language = Offsets(text, self._unit), encoded.record.language
         for first, end, kind in self._scheme.group(label_ids.tolist()):
             a, b = int(starts[first]), int(ends[end - 1])
             score = float(scores[first:end].mean())
-            if score >= self._min_score:
-                entities.append(Entity(a, b, kind, text[a:b], score))
+            if score >= self._min_score(kind, language):
+                entities.append(Entity(place(a), place(b), kind, text[a:b], score))
         return entities
 
     def _tokens(self, encoded: Encoded, index: np.ndarray, probs: FloatArray) -> list[Entity]:
         """Strategy `none`: one entity a token, with its label in full."""
         entities = []
+        place, language = Offsets(encoded.record.text, self._unit), encoded.record.language
         for i, row in zip(index.tolist(), probs, strict=True):
             label_id = int(row.argmax())
             label, score = self._scheme.labels[label_id], float(row[label_id])
-            if label != OUTSIDE and score >= self._min_score:
-                word = self._tokenizer.convert_ids_to_tokens(int(encoded.token_ids[i]))
-                a, b = int(encoded.starts[i]), int(encoded.ends[i])
+            kind = self._scheme.kinds[label_id]
+            if label != OUTSIDE and score >= self._min_score(kind, language):
+                word = self.tokenizer.convert_ids_to_tokens(int(encoded.token_ids[i]))
+                a, b = place(int(encoded.starts[i])), place(int(encoded.ends[i]))
                 entities.append(Entity(a, b, label, str(word), score, index=i + 1))
         return entities
 
-
-def softmax(logits: FloatArray) -> FloatArray:
-    """Probabilities over the last axis, float32."""
-    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    probs: FloatArray = shifted / shifted.sum(axis=-1, keepdims=True)
-    return probs
+    def columns(self, values: Sequence[Sequence[Entity]]) -> list[pa.Array]:
+        """`entities`."""
+        entities = [entity for value in values for entity in value]
+        counts = np.array([0, *map(len, values)], dtype=np.int32)
+        struct = pa.StructArray.from_arrays(
+            [
+                pa.array([e.start for e in entities], pa.int32()),
+                pa.array([e.end for e in entities], pa.int32()),
+                pa.array([e.label for e in entities], pa.string()),
+                pa.array([e.word for e in entities], pa.string()),
+                pa.array([e.score for e in entities], pa.float32()),
+            ],
+            fields=list(ENTITY),
+        )
+        return [pa.ListArray.from_arrays(np.cumsum(counts, dtype=np.int32), struct)]
 
 
 def word_starts(text: str, starts: np.ndarray, unknown: np.ndarray) -> np.ndarray:
@@ -207,8 +236,13 @@ def word_starts(text: str, starts: np.ndarray, unknown: np.ndarray) -> np.ndarra
             continue
         before, char = text[start - 1], text[start]
         apart = before.isspace() or char.isspace()
-        opens[i] = apart or bool(_UNSPACED.match(_base(before)) or _UNSPACED.match(char))
+        opens[i] = apart or is_unspaced(_base(before)) or is_unspaced(char)
     return opens
+
+
+def is_unspaced(char: str) -> bool:
+    """Whether a character is of a script written without spaces between words."""
+    return _UNSPACED.match(char) is not None
 
 
 def _base(char: str) -> str:

@@ -14,10 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fakes import (
+    ADDED_SCHEMA,
     KILLER,
     DyingTagger,
     RaisingTagger,
     RefusingTagger,
+    ner_config,
     write_bytes,
     write_jsonl,
     write_parquet,
@@ -29,7 +31,6 @@ from erniem_batch.job import JobConfig, replay_job, result_files, run, run_job
 from erniem_batch.job.cluster import connect
 from erniem_batch.job.letters import DEAD_LETTERS
 from erniem_batch.job.stream import stream
-from erniem_batch.job.write import ADDED_SCHEMA
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -98,8 +99,12 @@ def _succeeded(output):
 
 def _config(source, output, model, **options):
     defaults = {"window_tokens": 64, "overlap_tokens": 16, "num_cpus_per_actor": 1}
-    return JobConfig(
-        input=[str(source)], output=str(output), model=str(model), **{**defaults, **options}
+    return ner_config(
+        JobConfig,
+        input=[str(source)],
+        output=str(output),
+        model=str(model),
+        **{**defaults, **options},
     )
 
 
@@ -129,7 +134,7 @@ def _check_rows(report, output):
     assert carried == expected
     assert (report.n_rows, report.n_ok, report.n_dead) == (60, 57, 3)
     assert report.exit_code == 4
-    assert report.n_entities == sum(len(row["entities"]) for row in found) > 0
+    assert report.n_found == sum(len(row["entities"]) for row in found) > 0
     for row in found:
         for entity in row["entities"]:
             assert row["text"][entity["start"] : entity["end"]] == entity["text"]
@@ -237,7 +242,7 @@ def test_second_run_does_nothing(parquet_run, corpus, ner_model_dir, no_ray):
     for unit_bytes in (100, 5000):
         report = run_job(_config(corpus / "parquet", output, ner_model_dir, unit_bytes=unit_bytes))
         assert (report.n_units, report.n_units_now, report.n_bytes_read) == (9, 0, 0)
-        assert (report.n_rows, report.n_entities) == (first.n_rows, first.n_entities)
+        assert (report.n_rows, report.n_found) == (first.n_rows, first.n_found)
         assert report.exit_code == 4
     assert _state(output) == before
     config = _config(corpus / "parquet", output, ner_model_dir, max_dead_letters="5%")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fakes import write_jsonl, write_parquet
+from fakes import ner_config, write_jsonl, write_parquet
 from faulty import FailingTagger, words
 
 from erniem_batch import storage
@@ -30,7 +30,8 @@ def _rows(name, n=30):
 
 
 def _config(source, output, model, **options):
-    return JobConfig(
+    return ner_config(
+        JobConfig,
         input=[str(source)], output=str(output), model=str(model), window_tokens=64,
         overlap_tokens=16, num_cpus_per_actor=1, actors="1", **{"unit_bytes": 2000, **options},
     )  # fmt: skip
@@ -194,7 +195,7 @@ def test_object_storage(tmp_path, ner_model_dir, request, monkeypatch, kind, out
     config = _config(f"{folder}/in", f"{folder}/out", f"{folder}/model", **options)
     report = run_job(config)
     assert (report.exit_code, report.n_ok, report.n_dead) == (0, 69, 1)
-    assert (report.n_entities, report.n_units) == (local.n_entities, local.n_units)
+    assert (report.n_found, report.n_units) == (local.n_found, local.n_units)
     manifests = [read_manifest(str(out)) for out in (tmp_path / "out", f"{folder}/out")]
     assert manifests[0].names == manifests[1].names
     assert storage.stat(f"{folder}/out/_SUCCESS") is not None

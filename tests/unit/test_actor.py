@@ -8,11 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fakes import (
+    ADDED_SCHEMA,
     KILLER,
     RaisingTagger,
     RefusingTagger,
     bad_utf8_strings,
     make_tagger,
+    ner_config,
     write_bytes,
     write_jsonl,
     write_parquet,
@@ -27,7 +29,7 @@ from erniem_batch.job.config import JobConfig
 from erniem_batch.job.letters import DEAD_LETTERS
 from erniem_batch.job.read import input_schema
 from erniem_batch.job.units import files_of, find_files, plan_units, to_table
-from erniem_batch.job.write import ADDED_SCHEMA, read_marks
+from erniem_batch.job.write import read_marks
 
 
 @pytest.fixture
@@ -36,7 +38,7 @@ def tag(tmp_path, ner_model_dir):
 
     def run(source, tagger=UnitTagger, **options):
         options = {"input": [str(source)], "output": str(tmp_path / "out"), **options}
-        config = JobConfig(model=str(ner_model_dir), **options)
+        config = ner_config(JobConfig, model=str(ner_model_dir), **options)
         files = list(files_of(find_files(config.input)))
         schema = input_schema(files, config.text_column, config.carried_columns)
         units = plan_units(files, config.bytes_per_unit, config.text_column, config.limit)
@@ -74,7 +76,7 @@ def test_receipt_and_progress(tmp_path, tag):
             assert row["text"][entity["start"] : entity["end"]] == entity["text"]
     assert (receipt["n_rows"], receipt["n_ok"], receipt["n_dead"]) == (5, 5, 0)
     assert receipt["n_tokens"] == sum(table["n_tokens"].to_pylist())
-    assert receipt["n_entities"] == sum(map(len, table["entities"].to_pylist()))
+    assert receipt["n_found"] == sum(map(len, table["entities"].to_pylist()))
     assert not (tmp_path / "out" / DEAD_LETTERS).exists()
     assert progress[0][0] == "add"
     assert progress[0][1][1:] == (5, receipt["n_tokens"], 1.0)
@@ -406,7 +408,9 @@ def test_a_convicted_row_is_a_dead_letter(tmp_path, tag):
 
 def test_a_file_that_changed_since_it_was_planned(tmp_path, ner_model_dir):
     source = write_jsonl(tmp_path / "a.jsonl", [{"text": "Ada"}])
-    config = JobConfig(input=[str(source)], output=str(tmp_path / "out"), model=str(ner_model_dir))
+    config = ner_config(
+        JobConfig, input=[str(source)], output=str(tmp_path / "out"), model=str(ner_model_dir)
+    )
     (unit,) = plan_units(files_of(find_files(config.input)), 1 << 20, "text")
     write_jsonl(source, [{"text": "Bob"}] * 2)
     receipt = make_tagger(config, pa.schema([("text", pa.string())])).tag(unit)
@@ -415,7 +419,9 @@ def test_a_file_that_changed_since_it_was_planned(tmp_path, ner_model_dir):
 
 
 def test_another_model_than_the_one_that_was_planned_with(tmp_path, ner_model_dir):
-    config = JobConfig(input=["in"], output=str(tmp_path / "out"), model=str(ner_model_dir))
+    config = ner_config(
+        JobConfig, input=["in"], output=str(tmp_path / "out"), model=str(ner_model_dir)
+    )
     with pytest.raises(CheckpointError, match="on this node holds another model"):
         make_tagger(config, pa.schema([]), model_digest="0" * 64)
 
@@ -435,6 +441,8 @@ def test_a_row_that_the_model_refuses_is_a_dead_letter(tmp_path, tag):
 def test_a_receipt_of_a_unit_with_too_many_rows_is_an_error(tmp_path, tag, monkeypatch):
     """Rows written are counted by the writer, rows predicted by the tally: they must agree."""
     add = actor.add_predictions
-    monkeypatch.setattr(actor, "add_predictions", lambda *args: add(*args).slice(1))
+    monkeypatch.setattr(
+        actor, "add_predictions", lambda *args, **options: add(*args, **options).slice(1)
+    )
     ((receipt,), _) = tag(write_jsonl(tmp_path / "a.jsonl", [{"text": "Ada"}] * 3))
     assert receipt["error"].startswith("AssertionError")

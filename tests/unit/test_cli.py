@@ -4,14 +4,15 @@ import re
 from dataclasses import fields
 
 import pytest
-from fakes import write_jsonl
+from fakes import ner_config, write_jsonl
 from rich.console import Console
 
 from erniem_batch import cli
-from erniem_batch.cli import main
+from erniem_batch.cli import TextColumn, main
 from erniem_batch.errors import JobError, StorageError
-from erniem_batch.job import JobConfig, RunReport, Stopped
+from erniem_batch.job import JobConfig, RunReport, Stopped, view
 from erniem_batch.job.actor import Receipt
+from erniem_batch.options import NerOptions
 
 
 @pytest.fixture
@@ -103,7 +104,9 @@ def test_an_output_that_cannot_be_written(run, tmp_path):
 def test_help_shows_every_setting(run):
     code, out, _ = run("ner", "--help")
     assert code == 0
-    for field in fields(JobConfig):
+    hidden = {"options", "fields"}  # filled from flags of the task
+    shown = [*fields(JobConfig), *fields(NerOptions), *fields(TextColumn)]
+    for field in (field for field in shown if field.name not in hidden):
         assert re.search(rf"--{field.name.replace('_', '-')}\b", out), field.name
     assert "--config" not in out
     assert "Exit codes" in out
@@ -164,7 +167,8 @@ def test_flags_become_the_configuration(run, monkeypatch):
     )
     assert code == 0
     (config, on_receipt) = seen[0]
-    assert config == JobConfig(
+    assert config == ner_config(
+        JobConfig,
         input=["a", "b"],
         output="o",
         min_score=0.5,
@@ -237,7 +241,7 @@ def test_highlight_marks_entities_and_cuts_long_texts():
         {"start": 7, "end": 13, "label": "LOC", "text": "London"},
         {"start": 250, "end": 252, "label": "LOC", "text": "xx"},
     ]
-    line = cli.highlight(text, entities, "en").plain
+    line = view.highlight(text, entities, "en").plain
     assert line.startswith("      en  Ada PER in London LOC xxx")
     assert line.endswith(" …")
 
@@ -250,7 +254,7 @@ def test_entity_view_shows_a_finished_file(tmp_path):
     rows = [{"text": "Ada!", "lang": "en", "entities": [entity]}, {"text": "b", "entities": []}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     shown = io.StringIO()
-    view = cli.EntityView(Console(file=shown, width=80), str(tmp_path))
-    view(Receipt("1", "a.parquet"))
-    view(Receipt("2", "absent.parquet", error="gone"))
+    show = view.ResultView(Console(file=shown, width=80), str(tmp_path), JobConfig())
+    show(Receipt("1", "a.parquet"))
+    show(Receipt("2", "absent.parquet", error="gone"))
     assert shown.getvalue().split() == ["en", "Ada", "PER!"]

@@ -11,9 +11,10 @@ import huggingface_hub
 import pytest
 
 from erniem_batch import storage
-from erniem_batch.config import DEMO_MODEL, PredictorConfig
+from erniem_batch.config import PredictorConfig
 from erniem_batch.errors import ConfigError, StorageError
 from erniem_batch.model.fetch import is_model_file, local_folder, model_digest
+from erniem_batch.options import demo_model
 
 MODEL = {"config.json": b"{}", "vocab.txt": b"a\nb\n", "model.safetensors": b"w" * 3_000_000}
 OTHERS = ("README.md", "optimizer.bin", "training_args.bin", ".hidden.json", "checkpoint-5/a.json")
@@ -65,7 +66,7 @@ def _folders(cache):
 
 
 def test_the_demo_and_folders_are_where_they_are(tmp_path, monkeypatch):
-    assert local_folder("demo") == DEMO_MODEL
+    assert local_folder("demo") == demo_model("ner")
     assert local_folder(str(tmp_path)) == tmp_path
     (tmp_path / "org" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
@@ -350,5 +351,5 @@ def test_the_digest_reads_a_file_once(there, monkeypatch):
 
 
 def test_all_files_of_the_demo_that_are_loaded_count():
-    counted = {path.name for path in DEMO_MODEL.iterdir() if is_model_file(path.name)}
-    assert counted == {path.name for path in DEMO_MODEL.iterdir()} - {"README.md"}
+    counted = {path.name for path in demo_model("ner").iterdir() if is_model_file(path.name)}
+    assert counted == {path.name for path in demo_model("ner").iterdir()} - {"README.md"}

@@ -73,7 +73,7 @@ def test_only_storage_knows_the_libraries_of_object_storage(module):
 @pytest.mark.parametrize("module", MODULES)
 def test_dependencies_that_are_declared(module):
     """transformers and the like are for tests; a user may not have them."""
-    assert not _packages(module) & {"transformers", "hypothesis", "pytest", "seqeval", "yaml"}
+    assert not _packages(module) & {"transformers", "hypothesis", "pytest", "seqeval"}
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m.startswith(("model/", "text/"))])

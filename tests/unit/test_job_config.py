@@ -1,6 +1,7 @@
 from dataclasses import FrozenInstanceError
 
 import pytest
+from fakes import ADDED_SCHEMA, ner_config
 
 from erniem_batch.config import DEMO
 from erniem_batch.errors import ConfigError
@@ -12,7 +13,6 @@ from erniem_batch.job.cluster import (
     cluster_pool,
     local_pool,
 )
-from erniem_batch.job.config import ADDED_COLUMNS
 
 
 @pytest.mark.parametrize(
@@ -41,29 +41,32 @@ from erniem_batch.job.config import ADDED_COLUMNS
         ({"window_tokens": 2}, "window_tokens=2 leaves no room"),
         ({"overlap_tokens": 510}, "overlap_tokens=510 must be from 0 to 509"),
         ({"max_batch_tokens": 100}, "window_tokens=512 does not fit in max_batch_tokens=100"),
-        *(({"columns": f"id,{name}"}, f"--columns {name}: the job adds") for name in ADDED_COLUMNS),
+        *(
+            ({"columns": f"id,{name}"}, f"--columns {name}: the job adds")
+            for name in ADDED_SCHEMA.names
+        ),
     ],
 )
 def test_impossible_values(options, message):
     with pytest.raises(ConfigError, match=message):
-        JobConfig(**options)
+        ner_config(JobConfig, **options)
 
 
 def test_unknown_keyword_and_frozen():
     with pytest.raises(TypeError, match="actor"):
-        JobConfig(actor="2")
+        ner_config(JobConfig, actor="2")
     with pytest.raises(FrozenInstanceError):
-        JobConfig().limit = 3
+        ner_config(JobConfig).limit = 3
 
 
 def test_defaults_are_the_demo():
-    config = JobConfig()
+    config = ner_config(JobConfig)
     assert config.is_demo
     assert config.model == DEMO
     assert config.carried_columns is None
     assert config.bytes_per_unit == 1 << 20
-    assert JobConfig(num_gpus_per_actor=1).bytes_per_unit == 16 << 20
-    assert JobConfig(unit_bytes=7, num_gpus_per_actor=1).bytes_per_unit == 7
+    assert ner_config(JobConfig, num_gpus_per_actor=1).bytes_per_unit == 16 << 20
+    assert ner_config(JobConfig, unit_bytes=7, num_gpus_per_actor=1).bytes_per_unit == 7
 
 
 @pytest.mark.parametrize(
@@ -71,14 +74,14 @@ def test_defaults_are_the_demo():
     [("", []), ("id", ["id"]), (" id , text,", ["id", "text"]), ("id,id,text", ["id", "text"])],
 )
 def test_carried_columns(text, expected):
-    assert JobConfig(columns=text).carried_columns == expected
+    assert ner_config(JobConfig, columns=text).carried_columns == expected
 
 
 @pytest.mark.parametrize(
     ("text", "expected"), [(None, None), ("2", (2, 2)), ("1:8", (1, 8)), ("2:2", (2, 2))]
 )
 def test_actor_range(text, expected):
-    assert JobConfig(actors=text).actor_range == expected
+    assert ner_config(JobConfig, actors=text).actor_range == expected
 
 
 @pytest.mark.parametrize(
@@ -92,11 +95,12 @@ def test_actor_range(text, expected):
     ],
 )
 def test_allowed_dead_letters(text, expected):
-    assert JobConfig(max_dead_letters=text).allowed_dead_letters == expected
+    assert ner_config(JobConfig, max_dead_letters=text).allowed_dead_letters == expected
 
 
 def test_predictor_gets_all_that_concerns_it():
-    config = JobConfig(
+    config = ner_config(
+        JobConfig,
         model="m",
         aggregation_strategy="max",
         min_score=0.3,
@@ -108,8 +112,7 @@ def test_predictor_gets_all_that_concerns_it():
     predictor = config.predictor
     for name in (
         "model",
-        "aggregation_strategy",
-        "min_score",
+        "options",
         "window_tokens",
         "overlap_tokens",
         "max_batch_tokens",
@@ -117,7 +120,7 @@ def test_predictor_gets_all_that_concerns_it():
     ):
         assert getattr(predictor, name) == getattr(config, name)
     assert predictor.device == "cpu"
-    assert JobConfig(num_gpus_per_actor=0.5).predictor.device == "cuda"
+    assert ner_config(JobConfig, num_gpus_per_actor=0.5).predictor.device == "cuda"
 
 
 # ---- actors -------------------------------------------------------------------------------------
@@ -138,7 +141,7 @@ def test_predictor_gets_all_that_concerns_it():
     ],
 )
 def test_actors_of_one_machine(cores, options, expected):
-    assert local_pool(JobConfig(**options), cores) == expected
+    assert local_pool(ner_config(JobConfig, **options), cores) == expected
 
 
 @pytest.mark.parametrize(
@@ -156,4 +159,4 @@ def test_actors_of_one_machine(cores, options, expected):
     ],
 )
 def test_actors_of_a_cluster(nodes, options, expected):
-    assert cluster_pool(JobConfig(**options), nodes) == expected
+    assert cluster_pool(ner_config(JobConfig, **options), nodes) == expected

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from erniem_batch.errors import ConfigError, RecordError
 from erniem_batch.labels import spans_to_labels
-from erniem_batch.records import Encoded, Entity, Failure, Record, Window
-from erniem_batch.tasks.ner import LabelScheme, NerTask, softmax, word_starts
+from erniem_batch.records import Encoded, Failure, Record, Window
+from erniem_batch.tasks.base import softmax
+from erniem_batch.tasks.ner import Entity, LabelScheme, NerTask, word_starts
 
 BIO = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 STRATEGIES = ("none", "simple", "first", "average", "max")

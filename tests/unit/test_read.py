@@ -4,12 +4,11 @@ import math
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fakes import bad_utf8_strings, read_unit, write_bytes, write_jsonl, write_parquet
+from fakes import ADDED_SCHEMA, bad_utf8_strings, read_unit, write_bytes, write_jsonl, write_parquet
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from erniem_batch.errors import ConfigError, StorageError
-from erniem_batch.job.config import ADDED_COLUMNS
 from erniem_batch.job.jsonl import row_number
 from erniem_batch.job.read import input_schema
 from erniem_batch.job.units import files_of, find_files, plan_units
@@ -21,7 +20,7 @@ def files(path):
 
 def read(path, text_column="text", columns=None, unit_bytes=1 << 20):
     """The chunks of a file or folder, planned and read as a job does."""
-    schema = input_schema(files(path), text_column, columns)
+    schema = input_schema(files(path), text_column, columns, added=ADDED_SCHEMA.names)
     units = plan_units(files(path), unit_bytes, text_column)
     return [c for unit in units for c in read_unit(unit, text_column, columns, schema)]
 
@@ -358,7 +357,7 @@ def test_parquet_text_that_is_not_utf8(tmp_path):
 # ---- columns ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ADDED_COLUMNS)
+@pytest.mark.parametrize("name", ADDED_SCHEMA.names)
 def test_columns_the_job_adds_are_refused(tmp_path, name):
     rows = [{"text": "a", name: 1}]
     write_jsonl(tmp_path / "j" / "a.jsonl", rows)

@@ -31,7 +31,7 @@ def done(output, n_ok, n_dead=0, **changes):
     """A finished unit with what the plan says of it."""
     receipt = Receipt(
         output, f"{output}.parquet", n_rows=n_ok + n_dead, n_ok=n_ok, n_dead=n_dead,
-        n_entities=2 * n_ok, n_tokens=5 * n_ok, output_bytes=100,
+        n_found=2 * n_ok, n_tokens=5 * n_ok, output_bytes=100,
     )  # fmt: skip
     plan = {"max_rows": None, "retires": "", "letters": "", "planned_rows": None}
     return {**asdict(receipt), **plan, **changes}
@@ -91,7 +91,7 @@ def test_a_wrong_count_is_caught(wrong):
 
 def test_totals():
     assert totals(state(done("a", 5, 1), done("b", 3)).done) == {
-        "n_rows": 9, "n_ok": 8, "n_dead": 1, "n_entities": 16, "n_tokens": 40,
+        "n_rows": 9, "n_ok": 8, "n_dead": 1, "n_found": 16, "n_tokens": 40,
         "n_windows": 0, "n_truncated": 0,
     }  # fmt: skip
     assert set(totals(state().done).values()) == {0}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fakes import KILLER, Calls, RefusingTagger, write_bytes, write_jsonl, write_parquet
+from fakes import KILLER, Calls, RefusingTagger, ner_config, write_bytes, write_jsonl, write_parquet
 
 from erniem_batch import storage
 from erniem_batch.errors import ConfigError, JobError
@@ -42,7 +42,7 @@ def job(tmp_path, ner_model_dir, monkeypatch):
             return replay_job(str(tmp_path / "out"), options), done
         values = {"input": [str(tmp_path / "in")], "output": str(tmp_path / "out")}
         values |= {"model": str(ner_model_dir), "window_tokens": 64, "overlap_tokens": 16}
-        return run_job(JobConfig(**{**values, **options})), done
+        return run_job(ner_config(JobConfig, **{**values, **options})), done
 
     return call
 

@@ -32,7 +32,7 @@ INFO = RunInfo(
     job={},
 )
 COUNTS = dict.fromkeys(
-    ("n_rows", "n_ok", "n_dead", "n_entities", "n_tokens", "n_windows", "n_truncated"), 0
+    ("n_rows", "n_ok", "n_dead", "n_found", "n_tokens", "n_windows", "n_truncated"), 0
 )
 
 

@@ -11,6 +11,15 @@ from erniem_batch.model.config import ErnieMConfig
 MODEL = ErnieMConfig(vocab_size=100)
 BASE = JobConfig(input=["in"], output="out")
 
+
+def changed(**values):
+    """The base with other values, options of the task among them."""
+    own = {name: values.pop(name) for name in NER if name in values}
+    return replace(BASE, options=replace(BASE.options, **own), **values)
+
+
+NER = [field.name for field in fields(BASE.options)]
+
 # Another value of every field that decides results, with the words it is told in.
 OTHER = {
     "text_column": ("body", "--text-column was text, now body"),
@@ -20,6 +29,9 @@ OTHER = {
     "output_format": ("jsonl", "--output-format was parquet, now jsonl"),
     "aggregation_strategy": ("max", "--aggregation-strategy was simple, now max"),
     "min_score": (0.5, "--min-score was 0.0, now 0.5"),
+    "offset_unit": ("utf16", "--offset-unit was codepoint, now utf16"),
+    "fields": ({"language": "lang"}, "--language-column was None, now lang"),
+    "detect_language": (True, "--detect-language was False, now True"),
     "window_tokens": (300, "--window-tokens was 512, now 300"),
     "overlap_tokens": (5, "--overlap-tokens was 128, now 5"),
     "max_batch_tokens": (2048, "--max-batch-tokens was 1024, now 2048"),
@@ -46,13 +58,14 @@ def of(config, before=None, digest="d" * 64, model=MODEL):
 
 
 def test_every_field_is_one_or_the_other():
-    assert {field.name for field in fields(JobConfig)} == {*OTHER, *FREE}
+    names = {field.name for field in fields(JobConfig)} - {"options"}
+    assert {*names, *NER} == {*OTHER, *FREE}
 
 
 @pytest.mark.parametrize("name", OTHER)
 def test_a_field_that_decides_results(name):
     value, words = OTHER[name]
-    before, now = of(BASE), of(replace(BASE, **{name: value}))
+    before, now = of(BASE), of(changed(**{name: value}))
     found = differences(before, now)
     if name == "num_gpus_per_actor":
         assert found == [words, "--max-batch-tokens was 1024, now 16384"]
@@ -74,7 +87,7 @@ def test_the_model_and_the_package():
 def test_a_package_that_answers_otherwise(monkeypatch):
     before = of(BASE)
     monkeypatch.setattr(module, "RESULTS_VERSION", 7)
-    assert differences(before, of(BASE)) == ["results version was 1, now 7"]
+    assert differences(before, of(BASE)) == ["results version was 2, now 7"]
 
 
 def test_versions_are_recorded_and_not_compared(monkeypatch):
@@ -109,7 +122,7 @@ def _recommending(score):
 def test_the_threshold_of_the_model_counts():
     model = _recommending(0.25)
     assert differences(of(BASE), of(BASE, model=model)) == ["--min-score was 0.0, now 0.25"]
-    asked = replace(BASE, min_score=0.25)
+    asked = changed(min_score=0.25)
     assert fingerprint(of(asked)) == fingerprint(of(BASE, model=model))
     broken = _recommending(7)
     with pytest.raises(ConfigError, match="min_score"):
@@ -119,6 +132,6 @@ def test_the_threshold_of_the_model_counts():
 def test_fingerprints_survive_json():
     import json
 
-    settings = of(replace(BASE, columns="b,a", min_score=0.1))
+    settings = of(changed(columns="b,a", min_score=0.1))
     assert fingerprint(json.loads(json.dumps(settings))) == fingerprint(settings)
     assert fingerprint(dict(reversed(settings.items()))) == fingerprint(settings)

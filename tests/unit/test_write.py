@@ -5,9 +5,9 @@ from dataclasses import replace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fakes import ADDED_SCHEMA, LABELS
 
 from erniem_batch.job.write import (
-    ADDED_SCHEMA,
     MARKS,
     Marks,
     add_predictions,
@@ -15,7 +15,8 @@ from erniem_batch.job.write import (
     sidecar,
     write_tables,
 )
-from erniem_batch.records import Entity, Prediction
+from erniem_batch.records import Prediction
+from erniem_batch.tasks.ner import Entity, NerTask
 
 MARK = Marks("u1", "f1", {"path": "in/a.jsonl", "start": 0}, {"n_rows": 6, "n_ok": 6})
 SIDECAR = "_run/sidecars/sub/a.jsonl.json"
@@ -175,13 +176,18 @@ def test_marks_of_another_jsonl_file(tmp_path):
 # ---- predictions ------------------------------------------------------------------------------
 
 
-def test_predictions_become_columns():
+@pytest.fixture
+def task(tokenizer):
+    return NerTask(tokenizer, LABELS)
+
+
+def test_predictions_become_columns(task):
     predictions = [
         Prediction("0", [Entity(0, 3, "PER", "Ada", 0.5), Entity(4, 5, "LOC", "b", 1.0)], 7, 1),
         Prediction("1", [], 0, 0),
         Prediction("2", [Entity(1, 2, "LOC", "б", 0.25)], 9, 2, truncated=True),
     ]
-    table = add_predictions(pa.table({"id": ["x", "y", "z"]}), predictions)
+    table = add_predictions(pa.table({"id": ["x", "y", "z"]}), predictions, task)
     assert table.schema == pa.schema([("id", pa.string()), *ADDED_SCHEMA])
     assert table.to_pylist() == [
         {
@@ -205,6 +211,8 @@ def test_predictions_become_columns():
     ]
 
 
-def test_no_rows_have_the_same_columns():
+def test_no_rows_have_the_same_columns(task):
     empty = pa.table({"id": pa.array([], pa.string())})
-    assert add_predictions(empty, []).schema == pa.schema([("id", pa.string()), *ADDED_SCHEMA])
+    assert add_predictions(empty, [], task).schema == pa.schema(
+        [("id", pa.string()), *ADDED_SCHEMA]
+    )

@@ -1,0 +1,148 @@
+"""Results as people like to see them on a terminal: the first rows of each finished file."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from erniem_batch import storage
+from erniem_batch.job.actor import Receipt
+from erniem_batch.job.config import JobConfig
+
+SHOWN_ROWS = 6
+SHOWN_CHARACTERS = 220
+SHOWN_NUMBERS = 6
+COLOURS = {
+    "PER": "black on bright_yellow",
+    "LOC": "black on bright_green",
+    "ORG": "black on bright_cyan",
+    "Person": "black on bright_yellow",
+    "Location": "black on bright_green",
+    "Organization": "black on bright_cyan",
+}
+OTHER_COLOUR = "black on bright_magenta"
+
+Row = Mapping[str, Any]
+
+
+class ResultView:
+    """Prints the first rows of each finished file with what was found in them."""
+
+    def __init__(self, console: Console, output: str, config: JobConfig) -> None:
+        self._console = console
+        self._output = output
+        self._config = config
+
+    def __call__(self, receipt: Receipt) -> None:
+        if receipt.error:
+            return
+        table = storage.read_table(storage.join(self._output, receipt.output))
+        show = VIEWS[self._config.task]
+        for row in table.slice(0, SHOWN_ROWS).to_pylist():
+            line = show(row, row[self._config.text_column])
+            if line is not None:
+                self._console.print(line)
+
+
+def show_entities(row: Row, text: str) -> Text | None:
+    """Named entities in colour; nothing for a text without any."""
+    spans = row["entities"]
+    return highlight(text, spans, row.get("lang", "")) if spans else None
+
+
+def show_items(row: Row, text: str) -> Text | None:
+    """Extracted spans in colour, those that do not overlap."""
+    spans, at = [], 0
+    for item in sorted((i for i in row["extracted"] if i["start"] is not None), key=_start):
+        if item["start"] >= at:
+            spans.append({**item, "label": item["name"]})
+            at = item["end"]
+    return highlight(text, spans, row.get("lang", "")) if spans else None
+
+
+def _start(item: Row) -> int:
+    start: int = item["start"]
+    return start
+
+
+def show_labels(row: Row, text: str) -> Text:
+    """The best label before the text."""
+    line = _title(row)
+    if row["predicted_label"] is not None:
+        line.append(row["predicted_label"], style=f"not dim {OTHER_COLOUR}")
+        line.append(f" {row['predicted_score']:.2f}  ", style="bold not dim")
+    return line.append(_short(text), style="default not dim")
+
+
+def show_choice(row: Row, text: str) -> Text:
+    """The best choice behind the premise."""
+    line = _title(row).append(_short(text) + " ", style="default not dim")
+    if row["predicted_choice"] is not None:
+        best = row["predicted_choice"]
+        line.append(_short(row["choices"][best]), style=f"not dim {OTHER_COLOUR}")
+        line.append(f" {row['choice_scores'][best]:.2f}", style="bold not dim")
+    return line
+
+
+def show_answer(row: Row, context: str) -> Text:
+    """The question, and its answer in the context."""
+    line = _title(row).append(_short(row["question"]), style="bold not dim")
+    answers = row["predicted_answers"][:1] if row["predicted_answer"] is not None else []
+    if not answers:
+        return line.append("  no answer", style="not dim")
+    line.append("\n")
+    spans = [{**answer, "label": f"{answer['score']:.2f}"} for answer in answers]
+    first = max(0, spans[0]["start"] - SHOWN_CHARACTERS // 2)
+    moved = [{**s, "start": s["start"] - first, "end": s["end"] - first} for s in spans]
+    return line.append_text(highlight(context[first:], moved, ""))
+
+
+def show_embedding(row: Row, text: str) -> Text:
+    """The first numbers of the vector."""
+    numbers = ", ".join(f"{x:+.3f}" for x in row["embedding"][:SHOWN_NUMBERS])
+    line = _title(row).append(f"[{numbers}, … ] ", style="not dim cyan")
+    return line.append(_short(text), style="default not dim")
+
+
+VIEWS: dict[str, Callable[[Row, str], Text | None]] = {
+    "ner": show_entities,
+    "classify": show_labels,
+    "choose": show_choice,
+    "qa": show_answer,
+    "embed": show_embedding,
+    "extract": show_items,
+}
+
+
+def highlight(text: str, entities: Sequence[Row], title: str = "") -> Text:
+    """The text with its entities marked and named; long texts are cut in this view only."""
+    line = Text(f"{title:>8}  ", style="dim")
+    at = 0
+    for entity in entities:
+        if entity["end"] > SHOWN_CHARACTERS:
+            break
+        line.append(_flat(text[at : entity["start"]]), style="default not dim")
+        style = COLOURS.get(entity["label"], OTHER_COLOUR)
+        line.append(_flat(entity["text"]), style=f"not dim {style}")
+        line.append(f" {entity['label']}", style="bold not dim")
+        at = entity["end"]
+    rest = text[at : max(at, SHOWN_CHARACTERS)]
+    line.append(
+        _flat(rest) + (" …" if len(text) > max(at, SHOWN_CHARACTERS) else ""),
+        style="default not dim",
+    )
+    return line
+
+
+def _title(row: Row) -> Text:
+    return Text(f"{row.get('lang', ''):>8}  ", style="dim")
+
+
+def _short(text: str) -> str:
+    flat = _flat(text[:SHOWN_CHARACTERS])
+    return flat + (" …" if len(text) > SHOWN_CHARACTERS else "")
+
+
+def _flat(text: str) -> str:
+    return "".join(" " if char.isspace() else char for char in text)

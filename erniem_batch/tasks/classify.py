@@ -1,0 +1,226 @@
+"""Labels, or a number, for whole texts and pairs of texts; and zero-shot, by entailment.
+
+Source: transformers 4.40.2 TextClassificationPipeline and ZeroShotClassificationPipeline.
+Differences, all deliberate:
+PARITY: texts longer than the model holds are read in windows whose scores are pooled; there, an
+error or a silent cut.
+PARITY: problem_type="regression" gives the model's outputs as they are; there, sigmoid or softmax.
+PARITY: a model without an entailment label is refused; there, its last label is taken, with a
+warning.
+PARITY: exp is taken after subtracting the maximum; there, huge logits overflow to nan.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from erniem_batch.errors import ConfigError
+from erniem_batch.options import ClassifyOptions
+from erniem_batch.records import Encoded, Failure, FloatArray, Record
+from erniem_batch.tasks.base import (
+    Task,
+    encoded_of,
+    first_only,
+    pool_windows,
+    require_finite,
+    require_string,
+    sigmoid,
+    softmax,
+)
+from erniem_batch.text.segments import Tokens
+from erniem_batch.text.tokenizer import ErnieMTokenizer
+from erniem_batch.thresholds import Thresholds
+
+
+@dataclass(frozen=True, slots=True)
+class LabelScore:
+    """A label and how much the model believes in it (regression: the number itself)."""
+
+    label: str
+    score: float
+
+
+LABEL_SCORE = pa.struct([("label", pa.string()), ("score", pa.float32())])
+
+
+class _LabelTask(Task):
+    """What both ways to label a text have in common: which labels are given, and their columns."""
+
+    head: ClassVar[str] = "ErnieMForSequenceClassification"
+    schema = pa.schema(
+        [
+            ("predicted_label", pa.string()),
+            ("predicted_score", pa.float32()),
+            ("label_scores", pa.list_(LABEL_SCORE)),
+        ]
+    )
+
+    def __init__(
+        self,
+        tokenizer: ErnieMTokenizer,
+        options: ClassifyOptions,
+        thresholds: Thresholds,
+        labels: Sequence[str],
+        **windows: int,
+    ) -> None:
+        super().__init__(tokenizer, **windows)
+        self.labels = list(labels)
+        self._top_k = len(self.labels) if options.all_scores else options.top_k
+        self._pooling = options.pooling
+        self._thresholds = thresholds
+
+    def _encoded(self, encoded: Encoded) -> Encoded:
+        return first_only(encoded) if self._pooling == "first" else encoded
+
+    def _best(self, scores: FloatArray, record: Record) -> list[LabelScore]:
+        """Labels by descending score, ties in the order of the labels."""
+        language = record.language
+        found = []
+        for i in np.argsort(-scores, kind="stable")[: self._top_k].tolist():
+            label, score = self.labels[i], float(scores[i])
+            if score >= self._thresholds(label, language):
+                found.append(LabelScore(label, score))
+        return found
+
+    def columns(self, values: Sequence[Sequence[LabelScore]]) -> list[pa.Array]:
+        """`predicted_label`, `predicted_score` (null where none is left) and `label_scores`."""
+        scores = [score for value in values for score in value]
+        counts = np.array([0, *map(len, values)], dtype=np.int32)
+        struct = pa.StructArray.from_arrays(
+            [
+                pa.array([s.label for s in scores], pa.string()),
+                pa.array([s.score for s in scores], pa.float32()),
+            ],
+            fields=list(LABEL_SCORE),
+        )
+        return [
+            pa.array([value[0].label if value else None for value in values], pa.string()),
+            pa.array([value[0].score if value else None for value in values], pa.float32()),
+            pa.ListArray.from_arrays(np.cumsum(counts, dtype=np.int32), struct),
+        ]
+
+
+class ClassifyTask(_LabelTask):
+    """Sequence classification and regression.
+
+    The value of a record is a list of LabelScore, best first.
+
+    Args:
+        labels: names by index, as in the model's config.
+        problem_type: of the model's config; None where it says nothing.
+    """
+
+    def __init__(
+        self,
+        tokenizer: ErnieMTokenizer,
+        options: ClassifyOptions,
+        thresholds: Thresholds,
+        labels: Sequence[str],
+        problem_type: str | None,
+        **windows: int,
+    ) -> None:
+        super().__init__(tokenizer, options, thresholds, labels, **windows)
+        self.function = options.function_to_apply or default_function(problem_type, len(labels))
+        if self.function == "none" and options.min_score is None:
+            self._thresholds = Thresholds(None, default=-np.inf)  # numbers may be negative
+
+    def encode(self, records: Sequence[Record]) -> list[Encoded | Failure]:
+        """Windows of each text, or of each text and its pair."""
+        pairs = self.tokens_of([record.fields.get("text_pair") for record in records])
+
+        def read(i: int, record: Record, tokens: Tokens) -> Encoded:
+            if "text_pair" not in record.fields:
+                return self._encoded(encoded_of(record, tokens, self.windows.single(tokens.ids)))
+            require_string(record.fields["text_pair"], "text_pair")
+            windows = self.windows.pair(tokens.ids, pairs[i].ids, what="the second text")
+            n_other = len(pairs[i].ids)
+            return self._encoded(encoded_of(record, tokens, windows, n_other_tokens=n_other))
+
+        return self.encode_texts(records, read)
+
+    def decode(self, encoded: Encoded, outputs: Sequence[FloatArray]) -> list[LabelScore]:
+        """Labels by descending score."""
+        logits_WC = np.concatenate(outputs)
+        require_finite(logits_WC)
+        scores_WC = apply_function(logits_WC, self.function)
+        scores = pool_windows(scores_WC, encoded.windows, self._pooling)
+        return self._best(scores, encoded.record)
+
+
+def default_function(problem_type: str | None, n_labels: int) -> str:
+    """What turns logits into scores, chosen as Hugging Face does (and see PARITY above)."""
+    if problem_type == "regression":
+        return "none"
+    if problem_type == "multi_label_classification" or n_labels == 1:
+        return "sigmoid"
+    return "softmax"
+
+
+def apply_function(logits: FloatArray, name: str) -> FloatArray:
+    """softmax, sigmoid or none over the last axis."""
+    if name == "none":
+        return logits
+    return softmax(logits) if name == "softmax" else sigmoid(logits)
+
+
+class ZeroShotTask(_LabelTask):
+    """Which of some labels fits a text, by a model that knows what follows from what.
+
+    The value of a record is a list of LabelScore, best first.
+
+    Args:
+        labels: of the model, one of which begins with "entail".
+    """
+
+    def __init__(
+        self,
+        tokenizer: ErnieMTokenizer,
+        options: ClassifyOptions,
+        thresholds: Thresholds,
+        labels: Sequence[str],
+        **windows: int,
+    ) -> None:
+        super().__init__(tokenizer, options, thresholds, options.labels, **windows)
+        found = [i for i, label in enumerate(labels) if label.lower().startswith("entail")]
+        if not found:
+            raise ConfigError(
+                f"candidate_labels need a model that was trained for entailment; the labels of "
+                f"this one are {', '.join(labels[:8])}"
+            )
+        self._entailment = found[0]
+        self._contradiction = len(labels) - 1 if self._entailment == 0 else 0
+        self._one_by_one = options.multi_label or len(self.labels) == 1
+        claims = [options.hypothesis_template.format(label) for label in self.labels]
+        self._claims = [tokens.ids for tokens in self.tokens_of(claims)]
+
+    def encode(self, records: Sequence[Record]) -> list[Encoded | Failure]:
+        """Windows of each text beside each claim."""
+
+        def read(_: int, record: Record, tokens: Tokens) -> Encoded:
+            windows = [
+                window
+                for part, claim in enumerate(self._claims)
+                for window in self.windows.before(
+                    tokens.ids, claim, what="a candidate label", part=part
+                )
+            ]
+            return self._encoded(encoded_of(record, tokens, windows))
+
+        return self.encode_texts(records, read)
+
+    def decode(self, encoded: Encoded, outputs: Sequence[FloatArray]) -> list[LabelScore]:
+        """Candidate labels by descending score."""
+        logits_WC = np.concatenate(outputs)
+        require_finite(logits_WC)
+        by_label = []
+        for part in range(len(self.labels)):
+            rows = [i for i, window in enumerate(encoded.windows) if window.part == part]
+            windows = [encoded.windows[i] for i in rows]
+            pair_WC = logits_WC[rows][:, [self._contradiction, self._entailment]]
+            values = softmax(pair_WC) if self._one_by_one else pair_WC
+            by_label.append(pool_windows(values, windows, self._pooling)[1])
+        scores = np.array(by_label, dtype=np.float32)
+        return self._best(scores if self._one_by_one else softmax(scores), encoded.record)

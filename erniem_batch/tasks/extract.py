@@ -1,0 +1,374 @@
+"""Universal information extraction: each name of a schema is a question, asked beside the text.
+
+The way of a record: all names of the first level are asked at once; what is found under a name that
+has children gives the questions of the next level (`follow_up`), and so on; then the finds become
+one tree. A text is tokenized once, however many questions are asked, and equal questions about
+equal windows are computed once (see Predictor.forward).
+
+Source: PaddleNLP 2.8.1 UIETask, whose exact behaviour, faults included, is in `taskflow.py`.
+Differences, all deliberate:
+PARITY: windows are cut by tokens and overlap, so that nothing is lost at a seam or cut off; there,
+by characters, without overlap.
+PARITY: scores of windows are joined token by token, so that a thing on a seam is found once.
+PARITY: offsets are those of the whole text, also with split_sentence; there, newlines are lost.
+PARITY: names with options give options, all that pass, best first; other names give spans of the
+text. There, one answer decides for all texts of the call, and only one option is given.
+PARITY: results are sorted, equal ones are merged, names that stand twice are asked once.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from erniem_batch.errors import ConfigError, RecordError
+from erniem_batch.options import ExtractOptions
+from erniem_batch.records import Encoded, Failure, FloatArray, Record, Window
+from erniem_batch.tasks.base import Task, encoded_of, require_finite, sigmoid
+from erniem_batch.tasks.pairing import pair
+from erniem_batch.text.offsets import Offsets
+from erniem_batch.text.schema import (
+    Node,
+    Schema,
+    options_of_prompt,
+    parse_schema,
+    prompt_of,
+    schema_of_text,
+)
+from erniem_batch.text.segments import Tokens
+from erniem_batch.text.tokenizer import ErnieMTokenizer
+from erniem_batch.text.windows import stitch
+from erniem_batch.thresholds import Thresholds
+
+# Prompts seen lately; those about single persons and places come and go.
+CACHED_PROMPTS = 100_000
+
+
+@dataclass(slots=True)
+class Item:
+    """Something that was found.
+
+    Attributes:
+        name: of the schema.
+        text: of the span, or the option.
+        start, end: `source[start:end]` is the text; None for options.
+        probability: product of those of start and end.
+        relations: what was found about it.
+    """
+
+    name: str
+    text: str
+    start: int | None
+    end: int | None
+    probability: float
+    relations: list["Item"] = field(default_factory=list)
+
+
+ITEM = pa.struct(
+    [
+        ("id", pa.int32()),
+        ("parent", pa.int32()),
+        ("name", pa.string()),
+        ("text", pa.string()),
+        ("start", pa.int32()),
+        ("end", pa.int32()),
+        ("probability", pa.float32()),
+    ]
+)
+
+
+def taskflow_json(items: Sequence[Item]) -> dict[str, Any]:
+    """Items in the form of Taskflow: by name, relations nested."""
+    found: dict[str, Any] = {}
+    for item in items:
+        value: dict[str, Any] = {"text": item.text}
+        if item.start is not None:
+            value |= {"start": item.start, "end": item.end}
+        value["probability"] = item.probability
+        if item.relations:
+            value["relations"] = taskflow_json(item.relations)
+        found.setdefault(item.name, []).append(value)
+    return found
+
+
+def walk(items: Sequence[Item], parent: Item | None = None) -> Iterator[tuple[Item, Item | None]]:
+    """All items with their parents, each before its relations."""
+    for item in items:
+        yield item, parent
+        yield from walk(item.relations, item)
+
+
+class ItemTask(Task):
+    """What both ways to extract have in common: the head and the columns."""
+
+    head: ClassVar[str] = "ErnieMForInformationExtraction"
+
+    def __init__(self, tokenizer: ErnieMTokenizer, options: ExtractOptions, **windows: int) -> None:
+        super().__init__(tokenizer, **windows)
+        self.options = options
+        self.nodes = options.nodes
+        fields = [("extracted", pa.list_(ITEM))]
+        if options.output_json:
+            fields.append(("extracted_json", pa.string()))
+        self.schema = pa.schema(fields)
+
+    def schema_of(self, record: Record) -> Schema:
+        """The record's own schema, else that of all.
+
+        Raises:
+            RecordError: there is none, or it is not one.
+        """
+        own = record.fields.get("schema")
+        if own is None:
+            if self.nodes is None:
+                raise RecordError("there is no schema: the schema column is null")
+            return self.nodes
+        try:
+            return parse_schema(schema_of_text(own) if isinstance(own, str) else own)
+        except ConfigError as error:
+            raise RecordError(str(error)) from None
+
+    def columns(self, values: Sequence[Sequence[Item]]) -> list[pa.Array]:
+        """`extracted`: a flat list in which `parent` is the id of another item of the row."""
+        ids: list[int] = []
+        parents: list[int | None] = []
+        items: list[Item] = []
+        counts = [0]
+        for value in values:
+            place: dict[int, int] = {}
+            for item, parent in walk(value):
+                place[id(item)] = len(place)
+                ids.append(place[id(item)])
+                parents.append(None if parent is None else place[id(parent)])
+                items.append(item)
+            counts.append(len(place))
+        struct = pa.StructArray.from_arrays(
+            [
+                pa.array(ids, pa.int32()),
+                pa.array(parents, pa.int32()),
+                pa.array([item.name for item in items], pa.string()),
+                pa.array([item.text for item in items], pa.string()),
+                pa.array([item.start for item in items], pa.int32()),
+                pa.array([item.end for item in items], pa.int32()),
+                pa.array([item.probability for item in items], pa.float32()),
+            ],
+            fields=list(ITEM),
+        )
+        columns = [pa.ListArray.from_arrays(np.cumsum(counts, dtype=np.int32), struct)]
+        if self.options.output_json:
+            texts = [json.dumps(taskflow_json(value), ensure_ascii=False) for value in values]
+            columns.append(pa.array(texts, pa.string()))
+        return columns
+
+    def count(self, value: Sequence[Item]) -> int:
+        """All items, relations included."""
+        return sum(1 for _ in walk(value))
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A name of the schema, asked about the text or about something found in it."""
+
+    node: Node
+    prompt: str
+    parent: Item | None
+
+
+@dataclass(slots=True)
+class Search:
+    """How far the extraction of one record is.
+
+    Attributes:
+        questions: of this round; `Window.part` counts them.
+        slices: sentences as (first, past the last token); None: the text as a whole.
+        items: found under names of the first level.
+    """
+
+    questions: list[Question]
+    slices: list[tuple[int, int]] | None
+    items: list[Item] = field(default_factory=list)
+
+
+class ExtractTask(ItemTask):
+    """Extraction as it should be. The value of a record is a list of Item, in schema order."""
+
+    def __init__(
+        self,
+        tokenizer: ErnieMTokenizer,
+        options: ExtractOptions,
+        thresholds: Thresholds,
+        **windows: int,
+    ) -> None:
+        super().__init__(tokenizer, options, **windows)
+        self._thresholds = thresholds
+        self._prompts: dict[str, Tokens] = {}
+
+    # ---- questions ----------------------------------------------------------------------------
+
+    def encode(self, records: Sequence[Record]) -> list[Encoded | Failure]:
+        """Windows of each text beside each name of the first level."""
+
+        def read(_: int, record: Record, tokens: Tokens) -> Encoded:
+            schema = self.schema_of(record)
+            slices = None
+            if self.options.split_sentence:
+                slices = sentence_slices(record.text, tokens)
+            search = Search(self._ask(schema, None), slices)
+            return self._round(encoded_of(record, tokens, [], state=search))
+
+        return self.encode_texts(records, read)
+
+    def _ask(self, nodes: Schema, parent: Item | None) -> list[Question]:
+        text, lang = None if parent is None else parent.text, self.options.schema_lang
+        return [Question(node, prompt_of(node.name, text, lang), parent) for node in merged(nodes)]
+
+    def _round(self, encoded: Encoded) -> Encoded:
+        """The same with the windows of the questions that are open."""
+        search: Search = encoded.state
+        windows: list[Window] = []
+        if len(encoded.token_ids):
+            prompts = self._prompt_tokens([question.prompt for question in search.questions])
+            for part, prompt in enumerate(prompts):
+                windows += self.windows.behind(
+                    prompt.ids,
+                    encoded.token_ids,
+                    what="the prompt",
+                    part=part,
+                    slices=search.slices,
+                )
+        return replace(encoded, windows=windows)
+
+    def _prompt_tokens(self, prompts: Sequence[str]) -> list[Tokens]:
+        found = self._prompts
+        if len(found) > CACHED_PROMPTS:
+            # A new table, not an emptied one: another thread may be reading.
+            found = self._prompts = {}
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
+        if new:
+            found.update(zip(new, self.tokens_of(new), strict=True))
+        return [found[prompt] for prompt in prompts]
+
+    # ---- answers ------------------------------------------------------------------------------
+
+    def follow_up(self, encoded: Encoded, outputs: Sequence[FloatArray]) -> Encoded | None:
+        """Takes in the answers; the questions about what was found, if there are any."""
+        search: Search = encoded.state
+        next_questions: list[Question] = []
+        by_part: dict[int, list[int]] = {}
+        for i, window in enumerate(encoded.windows):
+            by_part.setdefault(window.part, []).append(i)
+        for part, places in by_part.items():
+            question = search.questions[part]
+            windows = [encoded.windows[i] for i in places]
+            rows = [outputs[i] for i in places]
+            for item in self._answers(encoded, question, windows, rows):
+                siblings = search.items if question.parent is None else question.parent.relations
+                siblings.append(item)
+                next_questions += self._ask(question.node.children, item)
+        if not next_questions:
+            return None
+        search.questions = next_questions
+        n_earlier = encoded.n_earlier_windows + len(encoded.windows)
+        return self._round(replace(encoded, n_earlier_windows=n_earlier))
+
+    def _answers(
+        self,
+        encoded: Encoded,
+        question: Question,
+        windows: Sequence[Window],
+        rows: Sequence[FloatArray],
+    ) -> list[Item]:
+        for rows_L2 in rows:
+            require_finite(rows_L2)
+        probs = [sigmoid(rows_L2) for rows_L2 in rows]
+        if options_of_prompt(question.prompt):
+            items = self._options(question, probs)
+        else:
+            items = self._spans(encoded, question, windows, probs)
+        name, language = question.node.name, encoded.record.language
+        lowest = self._thresholds(name, language)
+        return [item for item in items if item.probability >= lowest]
+
+    def _options(self, question: Question, probs: Sequence[FloatArray]) -> list[Item]:
+        """Options that any of the windows chooses, the best first."""
+        prompt = question.prompt
+        tokens = self._prompt_tokens([prompt])[0]
+        items = []
+        for a, b in options_of_prompt(prompt):
+            inside = np.flatnonzero((tokens.starts < b) & (tokens.ends > a))
+            if not len(inside):
+                continue
+            first, last = 1 + int(inside[0]), 1 + int(inside[-1])  # behind [CLS]
+            pairs = [(float(p[first, 0]), float(p[last, 1])) for p in probs]
+            passing = [s * e for s, e in pairs if min(s, e) > self.options.position_prob]
+            if passing:
+                items.append(Item(question.node.name, prompt[a:b], None, None, max(passing)))
+        return sorted(items, key=lambda item: -item.probability)
+
+    def _spans(
+        self,
+        encoded: Encoded,
+        question: Question,
+        windows: Sequence[Window],
+        probs: Sequence[FloatArray],
+    ) -> list[Item]:
+        """Spans of the text, by position."""
+        parts = [p[w.offset : w.offset + w.n_tokens] for p, w in zip(probs, windows, strict=True)]
+        firsts = [window.first for window in windows]
+        probs_L2 = stitch(parts, firsts)
+        limit = self.options.position_prob
+        starts, ends = (np.flatnonzero(column > limit).tolist() for column in probs_L2.T)
+        if not starts or not ends:
+            return []
+        reach = [(window.first, window.first + window.n_tokens) for window in windows]
+        text, unit = encoded.record.text, self.options.offset_unit
+        best: dict[tuple[int, int], float] = {}
+        for first, last in pair(starts, ends, self.options.span_pairing, reach):
+            a, b = stripped(text, int(encoded.starts[first]), int(encoded.ends[last]))
+            if a < b:
+                probability = float(probs_L2[first, 0]) * float(probs_L2[last, 1])
+                best[a, b] = max(probability, best.get((a, b), 0.0))
+        place = Offsets(text, unit)
+        return [
+            Item(question.node.name, text[a:b], place(a), place(b), probability)
+            for (a, b), probability in sorted(best.items())
+        ]
+
+    def decode(self, encoded: Encoded, outputs: Sequence[FloatArray]) -> list[Item]:
+        """What was found; `follow_up` has taken in all answers."""
+        items: list[Item] = encoded.state.items
+        return items
+
+
+def merged(nodes: Schema) -> list[Node]:
+    """Nodes with names that stand twice put together, with the children of both."""
+    children: dict[str, Schema] = {}
+    for node in nodes:
+        children[node.name] = children.get(node.name, ()) + node.children
+    return [Node(name, inner) for name, inner in children.items()]
+
+
+def stripped(text: str, start: int, end: int) -> tuple[int, int]:
+    """A span without white space at its edges."""
+    while start < end and text[start].isspace():
+        start += 1
+    while start < end and text[end - 1].isspace():
+        end -= 1
+    return start, end
+
+
+# Taskflow's rule (behind 。！？?, ...... and ……, with a closing quote), and line ends.
+_SENTENCE_END = re.compile(r"(?:[。！？?]|\.{6}|…{2})[”’]?|\n")
+
+
+def sentence_slices(text: str, tokens: Tokens) -> list[tuple[int, int]]:
+    """Tokens of each sentence; a token over a border belongs to the sentence it begins in."""
+    borders = [match.end() for match in _SENTENCE_END.finditer(text)]
+    splits = np.searchsorted(tokens.starts, borders).tolist()
+    cuts = sorted({0, *splits, len(tokens.ids)})
+    return list(pairwise(cuts))

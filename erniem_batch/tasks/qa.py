@@ -1,0 +1,218 @@
+"""Answers that stand in a text (extractive question answering).
+
+Source: transformers 4.40.2 QuestionAnsweringPipeline, the way of its fast tokenizers (which its own
+ErnieM cannot go): windows `[CLS] question [SEP] [SEP] slice of the context [SEP]` that share
+`overlap_tokens`, there called doc_stride; scores are the products of two softmaxes over one window,
+[CLS] and the slice. Differences, all deliberate:
+PARITY: an answer found in two windows is given once, with its higher score; there, twice.
+PARITY: only spans of the context are answers; there, a large top_k gives spans that score 0.
+PARITY: an answer does not begin or end with a token of white space only.
+PARITY: `align_to_words` is off unless asked for, since it takes in punctuation; and it does not
+widen answers in scripts written without spaces, where a "word" would be a whole sentence.
+PARITY: windows have `window_tokens` (512) tokens; there, 384 unless told otherwise. A question is
+never cut, and beside a long one the overlap shrinks; there, an error.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from erniem_batch.errors import RecordError
+from erniem_batch.options import QaOptions
+from erniem_batch.records import Encoded, Failure, FloatArray, Record, Window
+from erniem_batch.tasks.base import Task, encoded_of, require_finite, require_string, softmax
+from erniem_batch.tasks.ner import is_unspaced
+from erniem_batch.text.offsets import Offsets
+from erniem_batch.text.segments import Tokens
+from erniem_batch.text.tokenizer import ErnieMTokenizer
+from erniem_batch.thresholds import ANY, Thresholds
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A part of the context; `context[start:end]` is its text, counted in code points."""
+
+    start: int
+    end: int
+    text: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What was found for a question.
+
+    Attributes:
+        answers: best first.
+        null_score: of "there is no answer"; None if there always is one.
+        impossible: whether that is the best answer.
+    """
+
+    answers: list[Answer]
+    null_score: float | None = None
+    impossible: bool = False
+
+    @property
+    def best(self) -> Answer | None:
+        """The best answer, if there is one."""
+        return None if self.impossible or not self.answers else self.answers[0]
+
+
+ANSWER = pa.struct(
+    [("start", pa.int32()), ("end", pa.int32()), ("text", pa.string()), ("score", pa.float32())]
+)
+
+
+class QaTask(Task):
+    """Question answering. The value of a record is an Answers."""
+
+    head: ClassVar[str] = "ErnieMForQuestionAnswering"
+    text_name: ClassVar[str] = "context"
+    schema = pa.schema(
+        [
+            ("predicted_answer", pa.string()),
+            ("predicted_answers", pa.list_(ANSWER)),
+            ("null_score", pa.float32()),
+        ]
+    )
+
+    def __init__(
+        self, tokenizer: ErnieMTokenizer, options: QaOptions, thresholds: Thresholds, **windows: int
+    ) -> None:
+        super().__init__(tokenizer, **windows)
+        self._options = options
+        self._thresholds = thresholds
+
+    def encode(self, records: Sequence[Record]) -> list[Encoded | Failure]:
+        """Windows of each context beside its question."""
+        questions = self.tokens_of([record.fields.get("question") for record in records])
+
+        def read(i: int, record: Record, tokens: Tokens) -> Encoded:
+            for name, text in (
+                ("question", record.fields.get("question")),
+                ("context", record.text),
+            ):
+                if not require_string(text, name).strip():
+                    raise RecordError(f"{name} must not be empty")
+            ids = questions[i].ids
+            windows = self.windows.behind(ids, tokens.ids, what="the question", last_is_full=False)
+            return encoded_of(record, tokens, windows, n_other_tokens=len(ids))
+
+        return self.encode_texts(records, read)
+
+    def decode(self, encoded: Encoded, outputs: Sequence[FloatArray]) -> Answers:
+        """The best answers, and whether there is none."""
+        options, context = self._options, encoded.record.text
+        best: dict[tuple[int, int], float] = {}
+        null_score = 1.0
+        for window, rows_L2 in zip(encoded.windows, outputs, strict=True):
+            require_finite(rows_L2)
+            null, spans = self._spans(encoded, window, rows_L2)
+            null_score = min(null_score, null)
+            for first, last, score in spans:
+                a, b = int(encoded.starts[first]), int(encoded.ends[last])
+                if options.align_to_words:
+                    a, b = whole_words(context, a, b)
+                best[a, b] = max(score, best.get((a, b), 0.0))
+        lowest = self._thresholds(ANY, encoded.record.language)
+        ranked = sorted(best.items(), key=lambda item: (-item[1], item[0]))
+        place = Offsets(context, options.offset_unit)
+        answers = [
+            Answer(place(a), place(b), context[a:b], score)
+            for (a, b), score in ranked[: options.top_k]
+            if score >= lowest
+        ]
+        if options.null_threshold is None:
+            return Answers(answers)
+        highest = ranked[0][1] if ranked else 0.0
+        return Answers(answers, null_score, null_score > highest + options.null_threshold)
+
+    def _spans(
+        self, encoded: Encoded, window: Window, rows_L2: FloatArray
+    ) -> tuple[float, list[tuple[int, int, float]]]:
+        """Score of no answer, and the best spans of one window as (first, last token, score)."""
+        body = slice(window.offset, window.offset + window.n_tokens)
+        probs_L2 = softmax(np.concatenate([rows_L2[:1], rows_L2[body]]).T).T
+        null = float(probs_L2[0, 0] * probs_L2[0, 1])
+        starts, ends = probs_L2[1:, 0], probs_L2[1:, 1]
+        n, width = window.n_tokens, min(self._options.max_answer_tokens, window.n_tokens)
+        last_LW = np.arange(n)[:, None] + np.arange(width)[None, :]
+        usable_LW = last_LW < n
+        last_LW = np.minimum(last_LW, n - 1)
+        blank = self._blank(encoded, window)
+        if blank.any():
+            usable_LW &= ~blank[:, None] & ~blank[last_LW]
+        scores = np.where(usable_LW, starts[:, None] * ends[last_LW], -1.0).ravel()
+        top = best_first(scores, self._options.top_k)
+        found = zip(
+            (top // width).tolist(), (top % width).tolist(), scores[top].tolist(), strict=True
+        )
+        first = window.first
+        return null, [(first + i, first + i + w, score) for i, w, score in found if score >= 0]
+
+    @staticmethod
+    def _blank(encoded: Encoded, window: Window) -> np.ndarray:
+        """Which tokens of a window are white space only."""
+        part = slice(window.first, window.first + window.n_tokens)
+        bounds = zip(encoded.starts[part].tolist(), encoded.ends[part].tolist(), strict=True)
+        text: str = encoded.record.text
+        return np.array([text[a:b].isspace() for a, b in bounds], dtype=bool)
+
+    def columns(self, values: Sequence[Answers]) -> list[pa.Array]:
+        """`predicted_answer` (null where there is none), `predicted_answers`, `null_score`."""
+        answers = [answer for value in values for answer in value.answers]
+        counts = np.array([0, *(len(value.answers) for value in values)], dtype=np.int32)
+        struct = pa.StructArray.from_arrays(
+            [
+                pa.array([a.start for a in answers], pa.int32()),
+                pa.array([a.end for a in answers], pa.int32()),
+                pa.array([a.text for a in answers], pa.string()),
+                pa.array([a.score for a in answers], pa.float32()),
+            ],
+            fields=list(ANSWER),
+        )
+        return [
+            pa.array([v.best.text if v.best else None for v in values], pa.string()),
+            pa.ListArray.from_arrays(np.cumsum(counts, dtype=np.int32), struct),
+            pa.array([value.null_score for value in values], pa.float32()),
+        ]
+
+    def count(self, value: Answers) -> int:
+        """1 if there is an answer."""
+        return int(value.best is not None)
+
+
+def require_text(value: object, name: str) -> None:
+    """Raises a RecordError unless it is a string with something in it."""
+    if not require_string(value, name).strip():
+        raise RecordError(f"{name} must not be empty")
+
+
+def best_first(scores: FloatArray, k: int) -> np.ndarray:
+    """Indices of the k highest, best first, ties in order."""
+    if k >= len(scores):
+        return np.argsort(-scores, kind="stable")
+    lowest = np.partition(scores, len(scores) - k)[len(scores) - k]
+    some = np.flatnonzero(scores >= lowest)
+    return some[np.argsort(-scores[some], kind="stable")][:k]
+
+
+def whole_words(text: str, start: int, end: int) -> tuple[int, int]:
+    """A span widened to white space, but not into or within scripts written without it.
+
+    Example:
+        >>> whole_words("in Paris, 2024", 4, 7)
+        (3, 9)
+    """
+    while start > 0 and _go_together(text[start - 1], text[start]):
+        start -= 1
+    while 0 < end < len(text) and _go_together(text[end - 1], text[end]):
+        end += 1
+    return start, end
+
+
+def _go_together(left: str, right: str) -> bool:
+    return not (left.isspace() or right.isspace() or is_unspaced(left) or is_unspaced(right))

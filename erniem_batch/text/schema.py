@@ -1,0 +1,198 @@
+"""What to extract: the schema language of PaddleNLP's Taskflow, as a tree of nodes and prompts.
+
+"Person"                                     one name
+["Person", "City"]                           several
+{"Person": ["Company", "Position"]}          about each person: company and position
+{"Person": {"Company": {"Boss": "Age"}}}     to any depth; Taskflow refuses nested mappings
+"Mood [good, bad]"                           choose among options
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import PurePosixPath
+from typing import Any
+
+import yaml
+
+from erniem_batch import storage
+from erniem_batch.errors import ConfigError
+
+MAX_DEPTH = 16
+
+# Full-width forms are asked for by their ASCII twins, as the models were trained.
+_HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
+# PARITY: Taskflow leaves the ideographic space alone, though it means to replace it.
+_ASCII = {**_HALF_WIDTH, 0x3000: 0x20}
+
+_OPTIONS = re.compile(r"\[(.*?)\]\s*$", re.DOTALL)
+_COMMA_OUTSIDE = re.compile(r"[,，](?![^\[［]*[\]］])")
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One name of a schema, and what is asked about each thing found under it."""
+
+    name: str
+    children: tuple["Node", ...] = ()
+
+
+Schema = tuple[Node, ...]
+
+
+def parse_schema(value: Any) -> Schema:
+    """The tree of a schema.
+
+    Raises:
+        ConfigError: something in it is neither a name, a list nor a mapping; says where.
+    """
+    return _nodes(value, "schema", 0)
+
+
+def _nodes(value: Any, where: str, depth: int) -> Schema:
+    if depth > MAX_DEPTH:
+        raise ConfigError(f"{where}: nested more than {MAX_DEPTH} levels deep")
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return (Node(value),)
+    if isinstance(value, Mapping):
+        return tuple(
+            Node(_name(name, where), _nodes(inner, f"{where}.{name}", depth + 1))
+            for name, inner in value.items()
+        )
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
+        return tuple(
+            node
+            for i, item in enumerate(value)
+            for node in _nodes(_present(item, f"{where}[{i}]"), f"{where}[{i}]", depth + 1)
+        )
+    raise ConfigError(
+        f"{where} must be a name, a list of names or a mapping, got {type(value).__name__}"
+    )
+
+
+def _name(name: Any, where: str) -> str:
+    if not isinstance(name, str):
+        raise ConfigError(f"{where}: a name must be a string, got {type(name).__name__}")
+    return name
+
+
+def _present(item: Any, where: str) -> Any:
+    if item is None:
+        raise ConfigError(f"{where} must be a name, a list of names or a mapping, got null")
+    return item
+
+
+def read_schema(given: str) -> Any:
+    """The content of a schema file (.json, .yaml or .yml; a path or URL), or of the text itself.
+
+    Raises:
+        ConfigError: no such file, or neither JSON nor YAML.
+    """
+    if PurePosixPath(given).suffix.lower() not in (".json", ".yaml", ".yml"):
+        return schema_of_text(given)
+    data = storage.read(storage.normal(given))
+    if data is None:
+        raise ConfigError(f"--schema: there is no file {given}")
+    try:
+        return _parse_text(data.decode("utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"--schema {given}: {error}") from None
+
+
+@lru_cache(maxsize=4096)
+def schema_of_text(text: str) -> Any:
+    """A schema written as text: JSON, YAML, or names with commas between them.
+
+    Raises:
+        ConfigError: neither.
+    """
+    if text.lstrip()[:1] in ("[", "{") or "\n" in text.strip():
+        try:
+            return _parse_text(text)
+        except ValueError as error:
+            raise ConfigError(f"the schema is no JSON or YAML: {error}") from None
+    names = [name.strip() for name in _COMMA_OUTSIDE.split(text)]
+    return names if len(names) > 1 else names[0]
+
+
+def _parse_text(text: str) -> Any:
+    """JSON or YAML. In YAML every name stays a string: "No" is no boolean here."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        try:
+            return _without_empty(yaml.load(text, Loader=yaml.BaseLoader))
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+            raise ValueError(f"neither JSON nor YAML{where}") from None
+
+
+def _without_empty(value: Any) -> Any:
+    """YAML's "NAME:" with nothing behind it is a name without children."""
+    if isinstance(value, dict):
+        return {
+            name: _without_empty(inner) if inner != "" else None for name, inner in value.items()
+        }
+    return [_without_empty(item) for item in value] if isinstance(value, list) else value
+
+
+# ---- prompts ----------------------------------------------------------------------------------
+
+
+def half_width(text: str) -> str:
+    """Full-width ASCII as ASCII, exactly as Taskflow does it."""
+    return text.translate(_HALF_WIDTH)
+
+
+def prompt_of(name: str, parent: str | None, lang: str) -> str:
+    """What the model is asked for a name, about a thing found before.
+
+    Example:
+        >>> prompt_of("Company", "Ada", "en"), prompt_of("公司", "张三", "zh")
+        ('Company of Ada', '张三的公司')
+        >>> prompt_of("Mood [good, bad]", "soup", "en")
+        'Mood of soup [good, bad]'
+    """
+    return _ask(name, parent, lang).translate(_ASCII).strip()
+
+
+def taskflow_prompt(name: str, parent: str | None, lang: str) -> str:
+    """The same, with Taskflow's faults."""
+    return half_width(_ask(name, parent, lang))
+
+
+def _ask(name: str, parent: str | None, lang: str) -> str:
+    if parent is None:
+        return name
+    if lang != "en":
+        return f"{parent}的{name}"
+    # Taskflow looks before it makes full-width brackets ASCII, so that only "[" counts.
+    options = re.search(r"\[.*?\]$", name)
+    if options:
+        return f"{name[: name.find('[', 1)].strip()} of {parent} {options.group()}"
+    return f"{name} of {parent}"
+
+
+def options_of_prompt(prompt: str) -> list[tuple[int, int]]:
+    """Characters of each option in a prompt that ends with [option, option]; empty if it does not.
+
+    Example:
+        >>> [("Mood [good, bad]")[a:b] for a, b in options_of_prompt("Mood [good, bad]")]
+        ['good', 'bad']
+    """
+    match = _OPTIONS.search(prompt)
+    if match is None:
+        return []
+    spans = []
+    at = match.start(1)
+    for part in match.group(1).split(","):
+        start = at + len(part) - len(part.lstrip())
+        if part.strip():
+            spans.append((start, start + len(part.strip())))
+        at += len(part) + 1
+    return spans

@@ -1,0 +1,99 @@
+"""Lowest scores by label and language: one number, or a file that somebody tuned."""
+
+import json
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+import yaml
+
+from erniem_batch import storage
+from erniem_batch.errors import ConfigError
+
+ANY = "*"
+
+
+class Thresholds:
+    """The lowest score that counts for a label in a language.
+
+    Args:
+        value: a number for all; or a mapping, in which a number is that of a label and a mapping
+            that of a language, in the same form. "*" stands for all other labels.
+        default: for labels that are not named.
+
+    Raises:
+        ConfigError: not of this form; says where.
+
+    Example:
+        >>> t = Thresholds({"*": 0.5, "PER": 0.7, "de": {"PER": 0.6}})
+        >>> t("PER"), t("PER", "de"), t("LOC", "de")
+        (0.7, 0.6, 0.5)
+    """
+
+    def __init__(self, value: float | Mapping[str, Any] | None, default: float = 0.0) -> None:
+        self._default = default
+        if not isinstance(value, Mapping):
+            value = {} if value is None else {ANY: _number(value)}
+        self._labels: dict[str, float] = {}
+        self._languages: dict[str, dict[str, float]] = {}
+        for name, item in value.items():
+            if isinstance(item, Mapping):
+                self._languages[str(name)] = {
+                    str(label): _number(number, f"{name}.{label}") for label, number in item.items()
+                }
+            else:
+                self._labels[str(name)] = _number(item, str(name))
+
+    def __call__(self, label: str, language: str | None = None) -> float:
+        for table in (self._languages.get(language or "", {}), self._labels):
+            for name in (label, ANY):
+                if name in table:
+                    return table[name]
+        return self._default
+
+    @property
+    def by_language(self) -> bool:
+        """Whether the language of a text matters."""
+        return bool(self._languages)
+
+
+def _number(value: Any, where: str = "") -> float:
+    wrong = isinstance(value, bool) or not isinstance(value, int | float)
+    if wrong or not 0 <= value <= 1:
+        place = f" for {where!r}" if where else ""
+        raise ConfigError(f"min_score must be from 0 to 1, got {value!r}{place}")
+    return float(value)
+
+
+def read_thresholds(path: str) -> dict[str, Any]:
+    """The mapping in a JSON or YAML file, local or by URL.
+
+    Raises:
+        ConfigError: no such file, or not a mapping of this form.
+    """
+    content = read_structure(path, "--min-score")
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"--min-score {path}: expected a mapping from labels to numbers")
+    try:
+        Thresholds(content)
+    except ConfigError as error:
+        raise ConfigError(f"--min-score {path}: {error}") from None
+    return dict(content)
+
+
+def read_structure(path: str, flag: str) -> Any:
+    """The content of a JSON or YAML file.
+
+    Raises:
+        ConfigError: no such file, or it cannot be parsed.
+    """
+    data = storage.read(storage.normal(path))
+    if data is None:
+        raise ConfigError(f"{flag}: there is no file {path}")
+    try:
+        text = data.decode("utf-8")
+        if PurePosixPath(path).suffix == ".json":
+            return json.loads(text)
+        return yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{flag} {path}: not valid JSON or YAML: {error}") from None
