@@ -319,7 +319,8 @@ class ExtractOptions(Options):
         """The same with files read, ready to travel."""
         new = super().resolved()
         if isinstance(new.schema, str):
-            content = read_schema(new.schema)
+            # PARITY: to Taskflow, a string is one name, whatever is in it.
+            content = read_schema(new.schema, may_split=not new.taskflow_compat)
             new = replace(new, schema=content)
         return new
 

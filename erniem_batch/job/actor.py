@@ -175,6 +175,7 @@ class UnitTagger:
             run.schema,
             fields=config.fields,
             added=config.added_columns,
+            text_flag=config.text_flag,
         )
         tally = _Tally(self._predictor.task.count)
         n_written, n_bytes = write_tables(

@@ -1,7 +1,7 @@
 """What readers give: rows of a unit as chunks of an Arrow table, with the bad rows beside them."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -84,6 +84,16 @@ def rest_of(
         reason = "the file is no longer there"
     failure = Failure("", "read", type(error).__name__, reason or "the content is damaged")
     return BadRow(place, failure, n_rows=n_rows, rest=replace(unit, **left))
+
+
+def may_be_read(text: Any, fields: Mapping[str, Any]) -> bool:
+    """Whether the task may take a row with these values.
+
+    False only if it is sure to refuse it: such a row has no say in the types of columns.
+    """
+    strings = [text, *(fields[name] for name in ("text_pair", "question") if name in fields)]
+    choices = fields.get("choices", [])
+    return isinstance(choices, list) and all(isinstance(s, str) for s in (*strings, *choices))
 
 
 # ---- columns ----------------------------------------------------------------------------------

@@ -10,11 +10,20 @@ from cyclopts import Parameter
 from erniem_batch.config import PredictorConfig
 from erniem_batch.errors import ConfigError
 from erniem_batch.language import require_detector
-from erniem_batch.options import EmbedOptions, ExtractOptions, NerOptions, Options
+from erniem_batch.options import (
+    ClassifyOptions,
+    EmbedOptions,
+    ExtractOptions,
+    NerOptions,
+    Options,
+)
 
 # Columns that every job adds to those of the input, beside those of its task.
 COUNTED_COLUMNS = ("n_tokens", "n_windows", "truncated")
 LANGUAGE_COLUMN = "detected_language"
+
+# Flags of the text column where it is not --text-column.
+TEXT_FLAGS = {"choose": "--premise-column", "qa": "--context-column"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,12 +111,15 @@ class JobConfig:
         if self.input and not self.output:
             raise ConfigError("--output is needed with --input: give a folder for the results")
         if not self.text_column:
-            raise ConfigError("--text-column must name a column")
+            raise ConfigError(f"{self.text_flag} must name a column")
         needs_schema = isinstance(self.options, ExtractOptions) and self.options.schema is None
         if needs_schema and "schema" not in self.fields:
             raise ConfigError("--schema is needed, or --schema-column: what to extract")
         if isinstance(self.options, EmbedOptions) and self.options.pooling == "none":
             raise ConfigError("--pooling none is for pipeline('feature-extraction') alone")
+        zero_shot = isinstance(self.options, ClassifyOptions) and self.options.labels
+        if zero_shot and "text_pair" in self.fields:
+            raise ConfigError("--text-pair-column does not go with --candidate-labels (zero-shot)")
         if self.detect_language:
             require_detector()
         if self.unit_timeout is not None and self.unit_timeout <= 0:
@@ -126,6 +138,11 @@ class JobConfig:
     def task(self) -> str:
         """Name of the task."""
         return self.options.task
+
+    @property
+    def text_flag(self) -> str:
+        """The flag that names the text column."""
+        return TEXT_FLAGS.get(self.task, "--text-column")
 
     @property
     def added_columns(self) -> tuple[str, ...]:

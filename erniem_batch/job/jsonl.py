@@ -23,6 +23,7 @@ from erniem_batch.job.chunks import (
     Chunk,
     Place,
     flag_of,
+    may_be_read,
     no_column,
     rest_of,
 )
@@ -46,14 +47,18 @@ MAX_TYPE_DEPTH = 32
 
 
 def schema_of_sample(
-    sample: list[dict[str, Any]], text_column: str, fields: Mapping[str, str]
+    sample: list[dict[str, Any]],
+    text_column: str,
+    fields: Mapping[str, str],
+    text_flag: str = "--text-column",
 ) -> pa.Schema:
-    for flag, column in {"text": text_column, **fields}.items():
+    flags = {text_flag: text_column, **{flag_of(name): column for name, column in fields.items()}}
+    for flag, column in flags.items():
         if not any(_has(row, column) for row in sample):
             names = sorted({name for row in sample for name in row})
-            raise ConfigError(no_column(column, names, "the JSONL input", flag_of(flag)))
+            raise ConfigError(no_column(column, names, "the JSONL input", flag))
     # As in read_jsonl: rows that will be refused have no say in the types of the others.
-    usable = [row for row in sample if isinstance(_get(row, text_column), str)]
+    usable = [row for row in sample if _is_usable(row, text_column, fields)]
     return _infer_schema(usable or sample)
 
 
@@ -95,7 +100,7 @@ def jsonl_chunks(
     texts = [_get(value, reader.text_column) for value in objects]
     fields = {name: [_get(v, column) for v in objects] for name, column in reader.fields.items()}
     # Rows that the predictor will refuse have no say in the types of the others.
-    usable = [v if isinstance(t, str) else {} for v, t in zip(objects, texts, strict=True)]
+    usable = [v if _is_usable(v, reader.text_column, reader.fields) else {} for v in objects]
     table = _to_table(usable, reader.schema, reader.columns)
     for start in range(0, max(len(objects), 1), CHUNK_ROWS):
         part = slice(start, start + CHUNK_ROWS)
@@ -238,6 +243,12 @@ def _get(value: dict[str, Any], column: str) -> Any:
     for name in column.split("."):
         found = found.get(name) if isinstance(found, dict) else None
     return found
+
+
+def _is_usable(value: dict[str, Any], text_column: str, fields: Mapping[str, str]) -> bool:
+    """Whether the predictor may take the row."""
+    found = {name: _get(value, column) for name, column in fields.items()}
+    return may_be_read(_get(value, text_column), found)
 
 
 def _has(value: dict[str, Any], column: str) -> bool:

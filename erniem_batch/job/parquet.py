@@ -34,16 +34,16 @@ def parquet_schema(path: str) -> pa.Schema:
         return pq.read_schema(pa.PythonFile(source, mode="r")).remove_metadata()
 
 
-def require_text(schema: pa.Schema, text_column: str, path: str) -> None:
+def require_text(
+    schema: pa.Schema, text_column: str, path: str, flag: str = "--text-column"
+) -> None:
     """Raises a ConfigError unless the column is there and holds strings."""
-    field = require_column(schema, text_column, path, "--text-column")
+    field = require_column(schema, text_column, path, flag)
     kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
     if not (
         pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     ):
-        raise ConfigError(
-            f"{path}: --text-column {text_column} must hold strings, but is {field.type}"
-        )
+        raise ConfigError(f"{path}: {flag} {text_column} must hold strings, but is {field.type}")
 
 
 def require_column(schema: pa.Schema, column: str, path: str, flag: str) -> pa.Field:
@@ -148,24 +148,45 @@ def _values(table: pa.Table, column: str) -> pa.Array:
 
 
 def _plain(values: pa.Array) -> list[Any]:
-    """Values in plain Python types; strings that are not UTF-8 as bytes."""
+    """Values in plain Python types, as JSON gives them; strings that are not UTF-8 as bytes."""
     try:
         plain: list[Any] = values.to_pylist()
     except UnicodeDecodeError:
         if pa.types.is_nested(values.type):  # one bad string in a list: row by row
             return [_plain_or_none(values, i) for i in range(len(values))]
         return _strings(values)
-    if pa.types.is_struct(values.type):
-        # A struct has all fields in all rows: those that are null were not given.
-        return [value and {k: v for k, v in value.items() if v is not None} for value in plain]
-    return plain
+    return [_given(value, values.type) for value in plain] if _has_names(values.type) else plain
 
 
 def _plain_or_none(values: pa.Array, row: int) -> Any:
     try:
-        return values[row].as_py()
+        return _given(values[row].as_py(), values.type)
     except UnicodeDecodeError:
         return None
+
+
+def _has_names(type_: pa.DataType) -> bool:
+    """Whether there is a struct or a map in the type."""
+    inner = (type_.field(i).type for i in range(type_.num_fields))
+    return pa.types.is_struct(type_) or pa.types.is_map(type_) or any(map(_has_names, inner))
+
+
+def _given(value: Any, type_: pa.DataType) -> Any:
+    """A value as it would stand in JSON, structs and maps as mappings.
+
+    A struct has all fields in all rows: those that are null were not given.
+    """
+    if value is None or not pa.types.is_nested(type_):
+        return value
+    if pa.types.is_struct(type_):
+        return {
+            field.name: _given(value[field.name], field.type)
+            for field in type_
+            if value[field.name] is not None
+        }
+    if pa.types.is_map(type_):
+        return {key: _given(item, type_.item_type) for key, item in value}
+    return [_given(item, type_.value_type) for item in value]
 
 
 def _tables(batches: Iterator[pa.RecordBatch], skip: int) -> Iterator[pa.Table]:
@@ -181,7 +202,7 @@ def _require_usable(schema: pa.Schema, reader: "UnitReader") -> None:
     doubled = [name for name, count in Counter(schema.names).items() if count > 1]
     if doubled:
         raise ConfigError(f"several columns have the same name ({', '.join(doubled)}): rename them")
-    require_text(schema, reader.text_column, reader.unit.path)
+    require_text(schema, reader.text_column, reader.unit.path, reader.text_flag)
     for name, column in reader.fields.items():
         require_column(schema, column, reader.unit.path, flag_of(name))
     carried = schema if reader.columns is None else select(schema, reader.columns, "the file")

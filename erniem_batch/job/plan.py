@@ -72,6 +72,7 @@ def open_run(
         config.carried_columns,
         fields=config.fields,
         added=config.added_columns,
+        text_flag=config.text_flag,
     )
     info = RunInfo(
         generation=generation,

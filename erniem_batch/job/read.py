@@ -23,6 +23,7 @@ class UnitReader:
         schema: of the carried columns, as `input_schema` found it.
         fields: what else the task reads: name by name, its column.
         added: columns that the job adds.
+        text_flag: that names the text column.
 
     Attributes:
         n_bytes: read from storage so far.
@@ -37,10 +38,12 @@ class UnitReader:
         *,
         fields: Mapping[str, str] | None = None,
         added: Sequence[str] = (),
+        text_flag: str = "--text-column",
     ) -> None:
         self.unit = unit
         self.fields = dict(fields or {})
         self.added = added
+        self.text_flag = text_flag
         self.text_column = text_column
         self.columns = columns
         self.schema = schema
@@ -92,13 +95,14 @@ def input_schema(
     *,
     fields: Mapping[str, str] | None = None,
     added: Sequence[str] = (),
+    text_flag: str = "--text-column",
 ) -> pa.Schema:
     """The carried columns and their types, from the first files that can be read.
 
     A later file may have other columns: its output then has them too.
 
     Args:
-        fields, added: as for UnitReader.
+        fields, added, text_flag: as for UnitReader.
 
     Raises:
         ConfigError: no file can be used, the text column or a carried one doesn't exist, or the
@@ -112,7 +116,7 @@ def input_schema(
     for file in files:
         try:
             if file.format == "parquet":
-                schema = _usable_schema(file, text_column, columns, fields)
+                schema = _usable_schema(file, text_column, columns, fields, text_flag)
                 break
             found = sample(file)
             rows += found
@@ -122,7 +126,7 @@ def input_schema(
         if n_sampled == SAMPLED_FILES:
             break
     if schema is None and rows:
-        schema = schema_of_sample(rows, text_column, fields)
+        schema = schema_of_sample(rows, text_column, fields, text_flag)
     if schema is None and problems:
         _raise_worst(problems)
     schema = pa.schema([]) if schema is None else schema
@@ -132,10 +136,14 @@ def input_schema(
 
 
 def _usable_schema(
-    file: SourceFile, text_column: str, columns: Sequence[str] | None, fields: Mapping[str, str]
+    file: SourceFile,
+    text_column: str,
+    columns: Sequence[str] | None,
+    fields: Mapping[str, str],
+    text_flag: str,
 ) -> pa.Schema:
     schema = parquet_schema(file.path)
-    require_text(schema, text_column, file.path)
+    require_text(schema, text_column, file.path, text_flag)
     for name, column in fields.items():
         require_column(schema, column, file.path, flag_of(name))
     return schema if columns is None else select(schema, columns, file.path)

@@ -38,7 +38,7 @@ def settings_of(
         "task": predictor.task,
         "model": model_digest,
         "device": predictor.device,
-        "text-column": config.text_column,
+        config.text_flag.removeprefix("--"): config.text_column,
         "columns": config.carried_columns,
         "limit": config.limit,
         "input-format": config.input_format,

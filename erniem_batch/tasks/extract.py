@@ -9,7 +9,8 @@ Source: PaddleNLP 2.8.1 UIETask, whose exact behaviour, faults included, is in `
 Differences, all deliberate:
 PARITY: windows are cut by tokens and overlap, so that nothing is lost at a seam or cut off; there,
 by characters, without overlap.
-PARITY: scores of windows are joined token by token, so that a thing on a seam is found once.
+PARITY: what two windows find is merged: a thing on a seam, if no longer than the overlap, is found
+once and whole.
 PARITY: offsets are those of the whole text, also with split_sentence; there, newlines are lost.
 PARITY: names with options give options, all that pass, best first; other names give spans of the
 text. There, one answer decides for all texts of the call, and only one option is given.
@@ -30,7 +31,7 @@ from erniem_batch.errors import ConfigError, RecordError
 from erniem_batch.options import ExtractOptions
 from erniem_batch.records import Encoded, Failure, FloatArray, Record, Window
 from erniem_batch.tasks.base import Task, encoded_of, require_finite, sigmoid
-from erniem_batch.tasks.pairing import pair
+from erniem_batch.tasks.pairing import Candidate, join_windows, pair
 from erniem_batch.text.offsets import Offsets
 from erniem_batch.text.schema import (
     Node,
@@ -42,7 +43,6 @@ from erniem_batch.text.schema import (
 )
 from erniem_batch.text.segments import Tokens
 from erniem_batch.text.tokenizer import ErnieMTokenizer
-from erniem_batch.text.windows import stitch
 from erniem_batch.thresholds import Thresholds
 
 # Prompts seen lately; those about single persons and places come and go.
@@ -129,7 +129,9 @@ class ItemTask(Task):
                 raise RecordError("there is no schema: the schema column is null")
             return self.nodes
         try:
-            return parse_schema(schema_of_text(own) if isinstance(own, str) else own)
+            if isinstance(own, str):
+                own = schema_of_text(own, not self.options.taskflow_compat)
+            return parse_schema(own)
         except ConfigError as error:
             raise RecordError(str(error)) from None
 
@@ -317,26 +319,34 @@ class ExtractTask(ItemTask):
         windows: Sequence[Window],
         probs: Sequence[FloatArray],
     ) -> list[Item]:
-        """Spans of the text, by position."""
-        parts = [p[w.offset : w.offset + w.n_tokens] for p, w in zip(probs, windows, strict=True)]
-        firsts = [window.first for window in windows]
-        probs_L2 = stitch(parts, firsts)
-        limit = self.options.position_prob
-        starts, ends = (np.flatnonzero(column > limit).tolist() for column in probs_L2.T)
-        if not starts or not ends:
-            return []
-        reach = [(window.first, window.first + window.n_tokens) for window in windows]
-        text, unit = encoded.record.text, self.options.offset_unit
-        best: dict[tuple[int, int], float] = {}
-        for first, last in pair(starts, ends, self.options.span_pairing, reach):
-            a, b = stripped(text, int(encoded.starts[first]), int(encoded.ends[last]))
-            if a < b:
-                probability = float(probs_L2[first, 0]) * float(probs_L2[last, 1])
-                best[a, b] = max(probability, best.get((a, b), 0.0))
-        place = Offsets(text, unit)
+        """Spans of the text, by position, those of all windows put together."""
+        text, limit = encoded.record.text, self.options.position_prob
+        candidates = []
+        for p_L2, window in zip(probs, windows, strict=True):
+            body_L2 = p_L2[window.offset : window.offset + window.n_tokens]
+            starts, ends = (np.flatnonzero(column > limit).tolist() for column in body_L2.T)
+            last = window.n_tokens - 1
+            for i, j in pair(starts, ends, self.options.span_pairing):
+                first, end = window.first + i, window.first + j
+                a, b = stripped(text, int(encoded.starts[first]), int(encoded.ends[end]))
+                # At a cut, where the rest of it may be in the next window.
+                cut = (i == 0 and window.first > 0) or (
+                    j == last and end + 1 < len(encoded.token_ids)
+                )
+                if a < b:
+                    probability = float(body_L2[i, 0]) * float(body_L2[j, 1])
+                    candidates.append(Candidate(a, b, probability, cut))
+        kept = join_windows(candidates, apart=self.options.span_pairing == "nearest")
+        place = Offsets(text, self.options.offset_unit)
         return [
-            Item(question.node.name, text[a:b], place(a), place(b), probability)
-            for (a, b), probability in sorted(best.items())
+            Item(
+                question.node.name,
+                text[c.start : c.end],
+                place(c.start),
+                place(c.end),
+                c.probability,
+            )
+            for c in kept
         ]
 
     def decode(self, encoded: Encoded, outputs: Sequence[FloatArray]) -> list[Item]:

@@ -1,7 +1,7 @@
-"""Where spans start and where they end in; spans out. Plain integers."""
+"""Where spans start and where they end in; spans out; and spans of several windows put together."""
 
-from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 Pair = tuple[int, int]
 
@@ -53,16 +53,92 @@ def nested(starts: Sequence[int], ends: Sequence[int]) -> list[Pair]:
     return pairs
 
 
-def pair(starts: Sequence[int], ends: Sequence[int], how: str, reach: Sequence[Pair]) -> list[Pair]:
-    """Spans of one text, none longer than what one window could see.
+def pair(starts: Sequence[int], ends: Sequence[int], how: str) -> list[Pair]:
+    """Spans of one window.
 
     Args:
         how: nearest, nested or all (every start with every end behind it).
-        reach: tokens of each window, (first, past the last), ascending.
     """
-    firsts = [first for first, _ in reach]
-    beyond = {start: reach[bisect_right(firsts, start) - 1][1] for start in starts}
     if how == "all":
-        return [(start, end) for start in starts for end in ends if start <= end < beyond[start]]
-    pairs = (nearest if how == "nearest" else nested)(starts, ends)
-    return [(start, end) for start, end in pairs if end < beyond[start]]
+        return [(start, end) for start in starts for end in ends if start <= end]
+    return (nearest if how == "nearest" else nested)(starts, ends)
+
+
+# ---- windows put together ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A span that one window found, in characters of the text.
+
+    Attributes:
+        cut: whether it touches an edge of its window behind which the text goes on.
+    """
+
+    start: int
+    end: int
+    probability: float
+    cut: bool = False
+
+
+def join_windows(candidates: Sequence[Candidate], *, apart: bool) -> list[Candidate]:
+    """Spans of a text from those of its overlapping windows, by position.
+
+    Equal ones are merged and keep the higher probability. What touches the edge of a window is
+    dropped where another window saw more of it.
+
+    Args:
+        apart: spans must not overlap: of two that do, which only different windows can give, the
+            one that is not cut stays, else the one with the higher probability.
+
+    Example:
+        >>> join_windows([Candidate(0, 3, 0.9, True), Candidate(0, 8, 0.6)], apart=True)
+        [Candidate(start=0, end=8, probability=0.6, cut=False)]
+    """
+    best: dict[Pair, Candidate] = {}
+    for new in candidates:
+        old = best.get((new.start, new.end), new)
+        probability = max(old.probability, new.probability)
+        best[new.start, new.end] = Candidate(new.start, new.end, probability, old.cut and new.cut)
+    ordered = [best[key] for key in sorted(best)]
+    if not any(candidate.cut for candidate in ordered) and not apart:
+        return ordered
+    return _without_overlaps(ordered) if apart else _without_cut_parts(ordered)
+
+
+def _without_overlaps(ordered: Sequence[Candidate]) -> list[Candidate]:
+    """Of spans that overlap, the best; `ordered` by position."""
+    kept: list[Candidate] = []
+    for group in _overlapping_groups(ordered):
+        chosen: list[Candidate] = []
+        for c in sorted(group, key=lambda c: (c.cut, -c.probability, c.start, c.end)):
+            if all(c.end <= other.start or other.end <= c.start for other in chosen):
+                chosen.append(c)
+        kept += sorted(chosen, key=lambda c: c.start)
+    return kept
+
+
+def _without_cut_parts(ordered: Sequence[Candidate]) -> list[Candidate]:
+    """Without cut spans that are part of a larger one; `ordered` by position."""
+    kept = []
+    for group in _overlapping_groups(ordered):
+        for c in group:
+            within = any(
+                other.start <= c.start and c.end <= other.end for other in group if other is not c
+            )
+            if not (c.cut and within):
+                kept.append(c)
+    return kept
+
+
+def _overlapping_groups(ordered: Sequence[Candidate]) -> list[list[Candidate]]:
+    """Runs of spans that hang together by overlaps."""
+    groups: list[list[Candidate]] = []
+    reach = -1
+    for candidate in ordered:
+        if candidate.start < reach:
+            groups[-1].append(candidate)
+        else:
+            groups.append([candidate])
+        reach = max(reach, candidate.end)
+    return groups

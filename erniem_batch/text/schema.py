@@ -86,14 +86,17 @@ def _present(item: Any, where: str) -> Any:
     return item
 
 
-def read_schema(given: str) -> Any:
+def read_schema(given: str, *, may_split: bool = True) -> Any:
     """The content of a schema file (.json, .yaml or .yml; a path or URL), or of the text itself.
+
+    Args:
+        may_split: commas separate names.
 
     Raises:
         ConfigError: no such file, or neither JSON nor YAML.
     """
     if PurePosixPath(given).suffix.lower() not in (".json", ".yaml", ".yml"):
-        return schema_of_text(given)
+        return schema_of_text(given, may_split)
     data = storage.read(storage.normal(given))
     if data is None:
         raise ConfigError(f"--schema: there is no file {given}")
@@ -104,7 +107,7 @@ def read_schema(given: str) -> Any:
 
 
 @lru_cache(maxsize=4096)
-def schema_of_text(text: str) -> Any:
+def schema_of_text(text: str, may_split: bool = True) -> Any:
     """A schema written as text: JSON, YAML, or names with commas between them.
 
     Raises:
@@ -115,8 +118,8 @@ def schema_of_text(text: str) -> Any:
             return _parse_text(text)
         except ValueError as error:
             raise ConfigError(f"the schema is no JSON or YAML: {error}") from None
-    names = [name.strip() for name in _COMMA_OUTSIDE.split(text)]
-    return names if len(names) > 1 else names[0]
+    names = _COMMA_OUTSIDE.split(text) if may_split else [text]
+    return [name.strip() for name in names] if len(names) > 1 else text
 
 
 def _parse_text(text: str) -> Any:
