@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,15 @@ from erniem_batch.job.actor import Assignment, Receipt, UnitTagger
 from erniem_batch.job.attempts import Attempt
 from erniem_batch.job.chunks import Chunk
 from erniem_batch.job.config import JobConfig
-from erniem_batch.job.read import UnitReader
-from erniem_batch.job.units import Unit
+from erniem_batch.job.read import UnitReader, input_schema
+from erniem_batch.job.units import Unit, files_of, find_files, plan_units, to_table
 from erniem_batch.job.write import COUNTED_SCHEMA
 from erniem_batch.model.fetch import model_digest
+from erniem_batch.model.heads import (
+    HEADS,
+    ErnieMForInformationExtraction,
+    ErnieMForQuestionAnswering,
+)
 from erniem_batch.model.outputs import LogitsOutput
 from erniem_batch.options import NerOptions, option_names
 from erniem_batch.predictor import Predictor, make_task
@@ -157,6 +163,24 @@ def make_tagger(
     return tagger(Assignment(**{**values, **changes}), Calls())
 
 
+def tag_files(
+    config: JobConfig, tagger: type[UnitTagger] = UnitTagger
+) -> tuple[list[dict[str, Any]], UnitTagger]:
+    """Plans the input of a job and tags all of its units, without Ray: receipts, and the tagger."""
+    files = list(files_of(find_files(config.input, config.input_format)))
+    schema = input_schema(
+        files,
+        config.text_column,
+        config.carried_columns,
+        fields=config.fields,
+        added=config.added_columns,
+        text_flag=config.text_flag,
+    )
+    units = plan_units(files, config.bytes_per_unit, config.text_column, config.limit)
+    made = make_tagger(config, schema, tagger)
+    return made(to_table(units)).to_pylist(), made
+
+
 def read_unit(
     unit: Unit, text_column: str, columns: Sequence[str] | None, schema: pa.Schema
 ) -> Iterator[Chunk]:
@@ -181,22 +205,88 @@ def make_predictor(model: nn.Module, tokenizer: ErnieMTokenizer, **options: Any)
     return Predictor(config, tokenizer, model, task)
 
 
+TINY_SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "initializer_range": 0.25,
+}
+
+
+def save_tiny_model(
+    folder: Path,
+    tokenizer: ErnieMTokenizer,
+    head: str,
+    labels: Sequence[str] = LABELS,
+    *,
+    problem_type: str | None = None,
+    **sizes: Any,
+) -> Path:
+    """A random model, hidden 32 and 2 layers, that takes sides: its scores differ from text to
+    text, and it finds something, but not everything, in most of them.
+
+    Args:
+        head: name of its class in `erniem_batch.model.heads`.
+        sizes: that differ, by their names in ErnieMConfig.
+    """
+    torch.manual_seed(11)
+    config = ErnieMConfig(vocab_size=len(tokenizer), **{**TINY_SIZES, **sizes}).with_labels(labels)
+    model = HEADS[head](replace(config, problem_type=problem_type))
+    with torch.no_grad():
+        _take_sides(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _take_sides(model: Any) -> None:
+    """Changes the last layer of a random model, whose scores would be nearly equal."""
+    if isinstance(model, ErnieMForTokenClassification):
+        model.classifier.bias[0] = 1.0  # else "O" is as rare as any other label
+    elif isinstance(model, ErnieMForInformationExtraction):
+        for layer in (model.linear_start, model.linear_end):
+            layer.weight *= 2.0
+            layer.bias[:] = -2.0  # else every second token starts and ends something
+    elif isinstance(model, ErnieMForQuestionAnswering):
+        model.qa_outputs.weight *= 2.0
+    elif hasattr(model, "classifier"):
+        model.classifier.weight *= 4.0
+
+
 def save_tiny_ner_model(folder: Path, tokenizer: ErnieMTokenizer, **sizes: Any) -> Path:
     """A random model, hidden 32 and 2 layers, that finds something in every sentence.
 
     Args:
         sizes: that differ, by their names in ErnieMConfig.
     """
-    torch.manual_seed(11)
-    tiny = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
-    tiny |= {"num_attention_heads": 4, "initializer_range": 0.25}
-    config = ErnieMConfig(vocab_size=len(tokenizer), **{**tiny, **sizes}).with_labels(LABELS)
-    model = ErnieMForTokenClassification(config)
-    with torch.no_grad():
-        model.classifier.bias[0] = 1.0  # else "O" is as rare as any other label
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_tiny_model(folder, tokenizer, "ErnieMForTokenClassification", **sizes)
+
+
+# What a tiny model of a task is made of; names of several models of one task follow a dash.
+TINY_MODELS: dict[str, dict[str, Any]] = {
+    "ner": {"head": "ErnieMForTokenClassification"},
+    "classify": {
+        "head": "ErnieMForSequenceClassification",
+        "labels": ["sports", "politics", "science"],
+    },
+    "classify-entailment": {
+        "head": "ErnieMForSequenceClassification",
+        "labels": ["contradiction", "neutral", "entailment"],
+    },
+    "choose": {"head": "ErnieMForMultipleChoice"},
+    "qa": {"head": "ErnieMForQuestionAnswering"},
+    "embed": {"head": "ErnieMForEmbedding"},
+    "extract": {"head": "ErnieMForInformationExtraction"},
+}
+
+
+def save_tiny_models(folder: Path, tokenizer: ErnieMTokenizer) -> dict[str, Path]:
+    """A tiny model for every name of TINY_MODELS."""
+    return {
+        name: save_tiny_model(folder / name, tokenizer, **what)
+        for name, what in TINY_MODELS.items()
+    }
 
 
 def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]], ascii_only: bool = False) -> Path:

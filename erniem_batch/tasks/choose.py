@@ -97,11 +97,11 @@ class ChooseTask(Task):
 
     def _asked(self, record: Record) -> str | None:
         """Premise and question as one text; None if one of them is no string."""
-        question = record.fields.get("question", "")
+        question = record.fields.get("question")
+        if question in (None, "") and isinstance(record.text, str):
+            return record.text
         if not isinstance(record.text, str) or not isinstance(question, str):
             return None
-        if not question:
-            return record.text
         template = self._templates.get(question, OTHER_TEMPLATE)
         return template.replace("{question}", question).replace("{premise}", record.text)
 

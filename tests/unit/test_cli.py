@@ -12,7 +12,14 @@ from erniem_batch.cli import TextColumn, main
 from erniem_batch.errors import JobError, StorageError
 from erniem_batch.job import JobConfig, RunReport, Stopped, view
 from erniem_batch.job.actor import Receipt
-from erniem_batch.options import NerOptions
+from erniem_batch.options import (
+    ChooseOptions,
+    ClassifyOptions,
+    EmbedOptions,
+    ExtractOptions,
+    NerOptions,
+    QaOptions,
+)
 
 
 @pytest.fixture
@@ -184,6 +191,92 @@ def test_flags_become_the_configuration(run, monkeypatch):
     assert seen[1][0].output.startswith("out/ner-")
     assert seen[1][0] == JobConfig(output=seen[1][0].output)
     assert seen[1][1] is not None  # the demo shows what it found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "text_column", "columns"),
+    [
+        (("ner",), NerOptions(), "text", {}),
+        (
+            ("classify", "--text-column", "a", "--text-pair-column", "b", "--all-scores"),
+            ClassifyOptions(all_scores=True),
+            "a",
+            {"text_pair": "b"},
+        ),
+        (
+            ("classify", "--candidate-labels", "a, b", "--multi-label", "--min-score", "0.25"),
+            ClassifyOptions(candidate_labels="a, b", multi_label=True, min_score=0.25),
+            "text",
+            {},
+        ),
+        (
+            ("choose", "--question-column", "q", "--question-template", "why={premise} Why?"),
+            ChooseOptions(question_template=("why={premise} Why?",)),
+            "premise",
+            {"choices": "choices", "question": "q"},
+        ),
+        (
+            ("qa", "--context-column", "doc.body", "--top-k", "3", "--null-threshold=-0.5"),
+            QaOptions(top_k=3, null_threshold=-0.5),
+            "doc.body",
+            {"question": "question"},
+        ),
+        (
+            ("embed", "--no-normalize", "--dimensions", "8", "--prefix", "query: "),
+            EmbedOptions(normalize=False, dimensions=8, prefix="query: "),
+            "text",
+            {},
+        ),
+        (
+            ("extract", "--schema", "a, b[c,d]", "--schema-lang", "en", "--min-score", "x.json"),
+            ExtractOptions(schema="a, b[c,d]", schema_lang="en", min_score="x.json"),
+            "text",
+            {},
+        ),
+        (
+            ("extract", "--schema-column", "s", "--language-column", "lang"),
+            ExtractOptions(),
+            "text",
+            {"schema": "s", "language": "lang"},
+        ),
+    ],
+)
+def test_every_task_has_its_flags(run, monkeypatch, arguments, options, text_column, columns):
+    seen = []
+    monkeypatch.setattr(cli, "run_job", lambda config, on_receipt=None: seen.append(config))
+    monkeypatch.setattr(cli, "_finished", lambda report: 0)
+    assert run(*arguments, "--input", "a", "--output", "o")[0] == 0
+    expected = {"options": options, "text_column": text_column, "fields": columns}
+    assert seen == [JobConfig(input=["a"], output="o", **expected)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("extract", "--input", "a", "--output", "o"), "--schema is needed, or --schema-column"),
+        (("choose",), "there is no demo model for choose"),
+        (("classify", "--candidate-labels", "a"), "no demo model for zero-shot classification"),
+        (("classify", "--multi-label"), "multi_label goes with candidate_labels"),
+        (("embed", "--pooling", "none"), "for pipeline('feature-extraction') alone"),
+        (("qa", "--min-score", "absent.json"), "--min-score: there is no file absent.json"),
+        (("extract", "--schema", "absent.yaml"), "--schema: there is no file absent.yaml"),
+        (("extract", "--schema", "[a, {b"), "the schema is no JSON or YAML"),
+        (("convert", "absent", "new"), "absent"),
+    ],
+)
+def test_wrong_usage_of_a_task(run, arguments, message):
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in out + err
+
+
+def test_convert(run, tmp_path, ner_model_dir):
+    code, out, _ = run("convert", ner_model_dir, tmp_path / "new", "--layout", "hf")
+    assert code == 0
+    report = json.loads(out)
+    assert (report["target_layout"], report["max_difference"]) == ("hf", 0.0)
+    assert (tmp_path / "new" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
