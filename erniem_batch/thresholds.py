@@ -1,8 +1,6 @@
 """Lowest scores by label and language: one number, or a file that somebody tuned."""
 
-import json
 from collections.abc import Mapping
-from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
@@ -71,29 +69,29 @@ def read_thresholds(path: str) -> dict[str, Any]:
     Raises:
         ConfigError: no such file, or not a mapping of this form.
     """
-    content = read_structure(path, "--min-score")
+    data = storage.read(storage.normal(path))
+    if data is None:
+        raise ConfigError(f"--min-score: there is no file {path}")
+    try:
+        # Every name stays a string: "no" is Norwegian, not false.
+        content = yaml.load(data.decode("utf-8"), Loader=yaml.BaseLoader)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"--min-score {path}: not valid JSON or YAML: {error}") from None
     if not isinstance(content, Mapping):
         raise ConfigError(f"--min-score {path}: expected a mapping from labels to numbers")
     try:
-        Thresholds(content)
+        numbers: dict[str, Any] = _with_numbers(content)
+        Thresholds(numbers)
     except ConfigError as error:
         raise ConfigError(f"--min-score {path}: {error}") from None
-    return dict(content)
+    return numbers
 
 
-def read_structure(path: str, flag: str) -> Any:
-    """The content of a JSON or YAML file.
-
-    Raises:
-        ConfigError: no such file, or it cannot be parsed.
-    """
-    data = storage.read(storage.normal(path))
-    if data is None:
-        raise ConfigError(f"{flag}: there is no file {path}")
+def _with_numbers(value: Any) -> Any:
+    """The same with text that is a number as a number."""
+    if isinstance(value, Mapping):
+        return {name: _with_numbers(inner) for name, inner in value.items()}
     try:
-        text = data.decode("utf-8")
-        if PurePosixPath(path).suffix == ".json":
-            return json.loads(text)
-        return yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{flag} {path}: not valid JSON or YAML: {error}") from None
+        return float(value)
+    except (TypeError, ValueError):
+        return value
