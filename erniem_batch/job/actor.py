@@ -112,7 +112,7 @@ class UnitTagger:
         self._progress = progress
         self._name = uuid.uuid4().hex
         config = replace(assignment.config.predictor, n_threads=assignment.n_threads)
-        folder = local_folder(config.model)
+        folder = local_folder(config.model, config.task)
         if (digest := model_digest(folder)) != assignment.model_digest:
             raise CheckpointError(
                 f"{folder} on this node holds another model than where the run was planned "

@@ -53,7 +53,7 @@ def is_model_file(name: str) -> bool:
     return _matches(name, MODEL_FILES) and not _matches(name, OTHER_FILES)
 
 
-def local_folder(model: str, task: str = "ner") -> Path:
+def local_folder(model: str, task: str) -> Path:
     """Where a model lies on this machine, fetched before if it is elsewhere.
 
     Args:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -13,11 +14,14 @@ import pytest
 from erniem_batch import storage
 from erniem_batch.config import PredictorConfig
 from erniem_batch.errors import ConfigError, StorageError
-from erniem_batch.model.fetch import is_model_file, local_folder, model_digest
+from erniem_batch.model import fetch
+from erniem_batch.model.fetch import is_model_file, model_digest
 from erniem_batch.options import demo_model
 
 MODEL = {"config.json": b"{}", "vocab.txt": b"a\nb\n", "model.safetensors": b"w" * 3_000_000}
 OTHERS = ("README.md", "optimizer.bin", "training_args.bin", ".hidden.json", "checkpoint-5/a.json")
+# Which task it is only matters to the demo.
+local_folder = partial(fetch.local_folder, task="ner")
 PACKAGE_PARENT = Path(storage.__file__).parents[1]
 
 
@@ -67,6 +71,8 @@ def _folders(cache):
 
 def test_the_demo_and_folders_are_where_they_are(tmp_path, monkeypatch):
     assert local_folder("demo") == demo_model("ner")
+    assert fetch.local_folder("demo", task="qa") == demo_model("qa") != demo_model("ner")
+    assert fetch.local_folder("demo", task="embed") == demo_model("ner")
     assert local_folder(str(tmp_path)) == tmp_path
     (tmp_path / "org" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
@@ -216,7 +222,7 @@ def recorded(path):
 storage.open_input = recorded
 print("ready", flush=True)
 sys.stdin.readline()
-print(local_folder(sys.argv[1]))
+print(local_folder(sys.argv[1], "ner"))
 """
     processes = [
         subprocess.Popen(
