@@ -1,6 +1,8 @@
 """Lowest scores by label and language: one number, or a file that somebody tuned."""
 
+import json
 from collections.abc import Mapping
+from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
@@ -73,9 +75,11 @@ def read_thresholds(path: str) -> dict[str, Any]:
     if data is None:
         raise ConfigError(f"--min-score: there is no file {path}")
     try:
-        # Every name stays a string: "no" is Norwegian, not false.
-        content = yaml.load(data.decode("utf-8"), Loader=yaml.BaseLoader)
-    except (ValueError, yaml.YAMLError) as error:
+        text = data.decode("utf-8")
+        # In YAML every name stays a string: "no" is Norwegian, not false.
+        is_json = PurePosixPath(path).suffix.lower() == ".json"
+        content = json.loads(text) if is_json else yaml.load(text, Loader=yaml.BaseLoader)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"--min-score {path}: not valid JSON or YAML: {error}") from None
     if not isinstance(content, Mapping):
         raise ConfigError(f"--min-score {path}: expected a mapping from labels to numbers")
@@ -92,6 +96,6 @@ def _with_numbers(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _with_numbers(inner) for name, inner in value.items()}
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
         return value

@@ -89,11 +89,14 @@ def rest_of(
 def may_be_read(text: Any, fields: Mapping[str, Any]) -> bool:
     """Whether the task may take a row with these values.
 
-    False only if it is sure to refuse it: such a row has no say in the types of columns.
+    False only if it is sure to refuse it: such a row has no say in the types of columns. Nulls have
+    none anyway, but for those in place of the text.
     """
-    strings = [text, *(fields[name] for name in ("text_pair", "question") if name in fields)]
-    choices = fields.get("choices", [])
-    return isinstance(choices, list) and all(isinstance(s, str) for s in (*strings, *choices))
+    choices = fields.get("choices")
+    if not isinstance(text, str) or not isinstance(choices, list | None):
+        return False
+    strings = [fields.get("text_pair"), fields.get("question"), *(choices or [])]
+    return all(isinstance(value, str | None) for value in strings)
 
 
 # ---- columns ----------------------------------------------------------------------------------

@@ -25,6 +25,14 @@ LANGUAGE_COLUMN = "detected_language"
 # Flags of the text column where it is not --text-column.
 TEXT_FLAGS = {"choose": "--premise-column", "qa": "--context-column"}
 
+# What a task reads beside the text and its language.
+TASK_FIELDS = {
+    "classify": ("text_pair",),
+    "choose": ("choices", "question"),
+    "qa": ("question",),
+    "extract": ("schema",),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class JobConfig:
@@ -117,6 +125,12 @@ class JobConfig:
             raise ConfigError("--schema is needed, or --schema-column: what to extract")
         if isinstance(self.options, EmbedOptions) and self.options.pooling == "none":
             raise ConfigError("--pooling none is for pipeline('feature-extraction') alone")
+        known = (*TASK_FIELDS.get(self.task, ()), "language")
+        unknown = [name for name in self.fields if name not in known]
+        if unknown:
+            raise ConfigError(
+                f"{self.task} reads no field {unknown[0]!r}; there are {', '.join(known)}"
+            )
         zero_shot = isinstance(self.options, ClassifyOptions) and self.options.labels
         if zero_shot and "text_pair" in self.fields:
             raise ConfigError("--text-pair-column does not go with --candidate-labels (zero-shot)")

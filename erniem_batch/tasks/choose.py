@@ -7,7 +7,7 @@ transformers 4.40.2; the scores are the softmax of ErnieMForMultipleChoice's log
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -95,13 +95,13 @@ class ChooseTask(Task):
 
         return self.encode_texts(records, read)
 
-    def _asked(self, record: Record) -> str | None:
-        """Premise and question as one text; None if one of them is no string."""
+    def _asked(self, record: Record) -> Any:
+        """Premise and question as one text; what is in place of the question if it is no text."""
         question = record.fields.get("question")
         if question in (None, "") and isinstance(record.text, str):
             return record.text
         if not isinstance(record.text, str) or not isinstance(question, str):
-            return None
+            return question
         template = self._templates.get(question, OTHER_TEMPLATE)
         return template.replace("{question}", question).replace("{premise}", record.text)
 

@@ -125,14 +125,26 @@ def schema_of_text(text: str, may_split: bool = True) -> Any:
 def _parse_text(text: str) -> Any:
     """JSON or YAML. In YAML every name stays a string: "No" is no boolean here."""
     try:
-        return json.loads(text)
-    except ValueError:
         try:
-            return _without_empty(yaml.load(text, Loader=yaml.BaseLoader))
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-            raise ValueError(f"neither JSON nor YAML{where}") from None
+            return json.loads(text)
+        except ValueError:
+            return _without_empty(yaml.load(text, Loader=_PlainLoader))
+    except RecursionError:
+        raise ValueError(f"nested more than {MAX_DEPTH} levels deep") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"neither JSON nor YAML{where}") from None
+
+
+class _PlainLoader(yaml.BaseLoader):  # type: ignore[misc]
+    """YAML without aliases, of which a few lines can stand for gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="aliases are not allowed", problem_mark=mark)
+        return super().compose_node(parent, index)
 
 
 def _without_empty(value: Any) -> Any:

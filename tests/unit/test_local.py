@@ -52,7 +52,9 @@ def test_shapes_of_text_classification(models):
     assert len(classify(TEXTS[0], top_k=2)) == 2
     every = classify(TEXTS, top_k=None)
     assert [len(labels) for labels in every] == [3, 3, 3]
-    assert all(sum(label["score"] for label in labels) == pytest.approx(1, abs=1e-3) for labels in every)
+    assert all(
+        sum(label["score"] for label in labels) == pytest.approx(1, abs=1e-3) for labels in every
+    )
     assert classify({"text": TEXTS[0]}) == best[0]
     pair = {"text": TEXTS[0], "text_pair": TEXTS[1]}
     assert classify([pair, TEXTS[0]]) == [classify(pair), best[0]]
