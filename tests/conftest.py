@@ -16,8 +16,19 @@ from erniem_batch import ErnieMConfig, ErnieMTokenizer
 DATA = Path(__file__).parent / "data"
 
 
+# Tests in these folders start Ray and object stores: one after the other, in one process.
+ONE_BY_ONE = ("fault", "integration")
+
+
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent.name in ONE_BY_ONE:
+            item.add_marker(pytest.mark.xdist_group("servers"))
 
 
 @pytest.fixture(scope="session")

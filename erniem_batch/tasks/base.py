@@ -9,10 +9,12 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from erniem_batch.errors import RecordError
 from erniem_batch.records import Encoded, Failure, FloatArray, Record, Window
+from erniem_batch.text.pieces import UNDERLINE
 from erniem_batch.text.segments import Tokens
 from erniem_batch.text.tokenizer import ErnieMTokenizer
 from erniem_batch.text.windows import WindowMaker
@@ -47,6 +49,18 @@ class Task(ABC):
         self.windows = WindowMaker(
             tokenizer.cls_token_id, tokenizer.sep_token_id, window_tokens, overlap_tokens
         )
+
+    def is_blank(self, encoded: Encoded, part: slice = slice(None)) -> npt.NDArray[np.bool_]:
+        """Which tokens are nothing to see: white space, and the lone "▁", which also stands for
+        characters without width such as U+200B.
+        """
+        text: str = encoded.record.text
+        bounds = zip(encoded.starts[part].tolist(), encoded.ends[part].tolist(), strict=True)
+        spaces = np.array([text[a:b].isspace() for a, b in bounds], dtype=bool)
+        underline = self.tokenizer.convert_tokens_to_ids(UNDERLINE)
+        if underline != self.tokenizer.unk_token_id:
+            spaces |= encoded.token_ids[part] == underline
+        return spaces
 
     @abstractmethod
     def encode(self, records: Sequence[Record]) -> list[Encoded | Failure]:

@@ -7,6 +7,7 @@ error or a silent cut.
 PARITY: problem_type="regression" gives the model's outputs as they are; there, sigmoid or softmax.
 PARITY: a model without an entailment label is refused; there, its last label is taken, with a
 warning.
+PARITY: candidate labels are stripped, and those that stand twice count once.
 PARITY: exp is taken after subtracting the maximum; there, huge logits overflow to nan.
 """
 

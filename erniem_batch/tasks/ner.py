@@ -3,6 +3,8 @@
 Source of the aggregation strategies: transformers 4.40.2 TokenClassificationPipeline.
 Differences, all deliberate:
 PARITY: tokens of white space only (a lone "▁") have no label; there, they get one.
+PARITY: an unknown token shows as [UNK] with strategy `none`, as with ErnieM's own tokenizer; fast
+tokenizers show the text. Letters keep their combining marks.
 PARITY: `word` is the text itself, so text[start:end] == word; there, tokens are joined, which
 loses the spaces before digits. Strategy `none` shows the token, as there.
 PARITY: any white space separates words, not only U+0020; and in scripts written without spaces
@@ -169,8 +171,7 @@ class NerTask(Task):
             and self._scheme.kinds[0] == OUTSIDE
         ):
             return []  # most sentences: nothing but "O"
-        visible = np.array([not text[a:b].isspace() for a, b in zip(starts, ends, strict=True)])
-        index = np.flatnonzero(visible)
+        index = np.flatnonzero(~self.is_blank(encoded))
         if not len(index):
             return []
         probs, starts, ends = probs[index], starts[index], ends[index]

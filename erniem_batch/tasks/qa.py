@@ -6,7 +6,7 @@ ErnieM cannot go): windows `[CLS] question [SEP] [SEP] slice of the context [SEP
 [CLS] and the slice. Differences, all deliberate:
 PARITY: an answer found in two windows is given once, with its higher score; there, twice.
 PARITY: only spans of the context are answers; there, a large top_k gives spans that score 0.
-PARITY: an answer does not begin or end with a token of white space only.
+PARITY: an answer does not begin or end with a token of white space only (a lone "▁").
 PARITY: `align_to_words` is off unless asked for, since it takes in punctuation; and it does not
 widen answers in scripts written without spaces, where a "word" would be a whole sentence.
 PARITY: windows have `window_tokens` (512) tokens; there, 384 unless told otherwise. A question is
@@ -91,12 +91,8 @@ class QaTask(Task):
         questions = self.tokens_of([record.fields.get("question") for record in records])
 
         def read(i: int, record: Record, tokens: Tokens) -> Encoded:
-            for name, text in (
-                ("question", record.fields.get("question")),
-                ("context", record.text),
-            ):
-                if not require_string(text, name).strip():
-                    raise RecordError(f"{name} must not be empty")
+            require_text(record.fields.get("question"), "question")
+            require_text(record.text, "context")
             ids = questions[i].ids
             windows = self.windows.behind(ids, tokens.ids, what="the question", last_is_full=False)
             return encoded_of(record, tokens, windows, n_other_tokens=len(ids))
@@ -112,11 +108,8 @@ class QaTask(Task):
             require_finite(rows_L2)
             null, spans = self._spans(encoded, window, rows_L2)
             null_score = min(null_score, null)
-            for first, last, score in spans:
-                a, b = int(encoded.starts[first]), int(encoded.ends[last])
-                if options.align_to_words:
-                    a, b = whole_words(context, a, b)
-                best[a, b] = max(score, best.get((a, b), 0.0))
+            for span, score in spans.items():
+                best[span] = max(score, best.get(span, 0.0))
         lowest = self._thresholds(ANY, encoded.record.language)
         ranked = sorted(best.items(), key=lambda item: (-item[1], item[0]))
         place = Offsets(context, options.offset_unit)
@@ -132,8 +125,8 @@ class QaTask(Task):
 
     def _spans(
         self, encoded: Encoded, window: Window, rows_L2: FloatArray
-    ) -> tuple[float, list[tuple[int, int, float]]]:
-        """Score of no answer, and the best spans of one window as (first, last token, score)."""
+    ) -> tuple[float, dict[tuple[int, int], float]]:
+        """Score of no answer, and the best answers of one window: (start, end) to score."""
         body = slice(window.offset, window.offset + window.n_tokens)
         probs_L2 = softmax(np.concatenate([rows_L2[:1], rows_L2[body]]).T).T
         null = float(probs_L2[0, 0] * probs_L2[0, 1])
@@ -142,24 +135,27 @@ class QaTask(Task):
         last_LW = np.arange(n)[:, None] + np.arange(width)[None, :]
         usable_LW = last_LW < n
         last_LW = np.minimum(last_LW, n - 1)
-        blank = self._blank(encoded, window)
+        blank = self.is_blank(encoded, slice(window.first, window.first + n))
         if blank.any():
             usable_LW &= ~blank[:, None] & ~blank[last_LW]
         scores = np.where(usable_LW, starts[:, None] * ends[last_LW], -1.0).ravel()
-        top = best_first(scores, self._options.top_k)
-        found = zip(
-            (top // width).tolist(), (top % width).tolist(), scores[top].tolist(), strict=True
-        )
-        first = window.first
-        return null, [(first + i, first + i + w, score) for i, w, score in found if score >= 0]
+        n_spans = wanted = self._options.top_k
+        while True:
+            found: dict[tuple[int, int], float] = {}
+            for i in best_first(scores, n_spans).tolist():
+                if scores[i] >= 0:
+                    first = window.first + i // width
+                    found.setdefault(self._bounds(encoded, first, first + i % width), scores[i])
+            if len(found) >= wanted or n_spans >= len(scores):
+                return null, {bounds: float(score) for bounds, score in found.items()}
+            n_spans *= 4  # many spans can be the same words
 
-    @staticmethod
-    def _blank(encoded: Encoded, window: Window) -> np.ndarray:
-        """Which tokens of a window are white space only."""
-        part = slice(window.first, window.first + window.n_tokens)
-        bounds = zip(encoded.starts[part].tolist(), encoded.ends[part].tolist(), strict=True)
-        text: str = encoded.record.text
-        return np.array([text[a:b].isspace() for a, b in bounds], dtype=bool)
+    def _bounds(self, encoded: Encoded, first: int, last: int) -> tuple[int, int]:
+        """Where an answer from one token to another begins and ends in the context."""
+        start, end = int(encoded.starts[first]), int(encoded.ends[last])
+        if self._options.align_to_words:
+            return whole_words(encoded.record.text, start, end)
+        return start, end
 
     def columns(self, values: Sequence[Answers]) -> list[pa.Array]:
         """`predicted_answer` (null where there is none), `predicted_answers`, `null_score`."""

@@ -23,7 +23,11 @@ if transformers.__version__ != "4.40.2":
 
 import xlmr  # noqa: E402  (needs that version)
 
-pytestmark = pytest.mark.filterwarnings("ignore:::transformers")
+# In one group, so that only one process makes these models.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:::transformers"),
+    pytest.mark.xdist_group("xlmr"),
+]
 
 LABELS_OF_TASK = {
     "token-classification": ("O", "B-PER", "I-PER", "B-LOC", "I-LOC"),

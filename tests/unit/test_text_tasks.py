@@ -364,3 +364,13 @@ def test_pooling_of_empty_texts():
     empty = Window(np.array([0, 2]), first=0, n_tokens=0, offset=1)
     rows = np.array([[1.0, 2.0], [3.0, 4.0]], np.float32)
     assert pool_windows(rows, [empty, empty], "mean").tolist() == [2.0, 3.0]
+
+
+def test_characters_without_width_are_blank(make, tokenizer):
+    """To the tokenizer U+200B and the like are spaces; `isspace` does not know them."""
+    predictor = make(ClassifyOptions())
+    (encoded,) = predictor.encode([Record("0", "北\u200b京 é")])
+    tokens = tokenizer.convert_ids_to_tokens(encoded.token_ids)
+    blank = predictor.task.is_blank(encoded)
+    assert "▁" in tokens
+    assert blank.tolist() == [token == "▁" for token in tokens]
