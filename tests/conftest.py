@@ -10,25 +10,31 @@ from typing import Any
 
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 from erniem_batch import ErnieMConfig, ErnieMTokenizer
 
 DATA = Path(__file__).parent / "data"
 
 
-# Tests in these folders start Ray and object stores: one after the other, in one process.
-ONE_BY_ONE = ("fault", "integration")
-
-
 def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.parent.name in ONE_BY_ONE:
-            item.add_marker(pytest.mark.xdist_group("servers"))
+class ByCost(LoadScopeScheduling):
+    """Which tests stay together in one of the two processes: those of a file; and all that start
+    Ray and object stores, or make the models of the XLM-R oracle.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.partition("::")[0]
+        if "/fault/" in path or "/integration/" in path:
+            return "servers"
+        return "xlmr" if path.endswith(("test_pipelines.py", "test_xlmr_oracle.py")) else path
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByCost:
+    return ByCost(config, log)
 
 
 @pytest.fixture(scope="session")

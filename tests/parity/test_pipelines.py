@@ -34,11 +34,7 @@ if transformers.__version__ != "4.40.2":
 
 import xlmr  # noqa: E402  (needs that version)
 
-# In one group, so that only one process makes these models.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:::transformers"),
-    pytest.mark.xdist_group("xlmr"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:::transformers")
 
 ATOL = 1e-5
 STRATEGIES = ("none", "simple", "first", "average", "max")

@@ -23,11 +23,7 @@ if transformers.__version__ != "4.40.2":
 
 import xlmr  # noqa: E402  (needs that version)
 
-# In one group, so that only one process makes these models.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:::transformers"),
-    pytest.mark.xdist_group("xlmr"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:::transformers")
 
 LABELS_OF_TASK = {
     "token-classification": ("O", "B-PER", "I-PER", "B-LOC", "I-LOC"),
