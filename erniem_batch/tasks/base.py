@@ -143,6 +143,28 @@ def encoded_of(record: Record, tokens: Tokens, windows: Sequence[Window], **more
     return Encoded(record, tokens.ids, tokens.starts, tokens.ends, windows, **more)
 
 
+# ---- for columns -------------------------------------------------------------------------------
+
+
+def struct_lists(
+    struct: pa.StructType, values: Sequence[Sequence[Any]], attributes: Sequence[str] | None = None
+) -> pa.ListArray:
+    """Lists of items as a column of lists of structs; no values give the same type.
+
+    Args:
+        attributes: of an item, in the order of the struct's fields; None: named like these.
+    """
+    items = [item for value in values for item in value]
+    names = [field.name for field in struct] if attributes is None else attributes
+    fields = [
+        pa.array([getattr(item, name) for item in items], field.type)
+        for name, field in zip(names, struct, strict=True)
+    ]
+    counts = np.array([0, *map(len, values)], dtype=np.int32)
+    column = pa.StructArray.from_arrays(fields, fields=list(struct))
+    return pa.ListArray.from_arrays(np.cumsum(counts, dtype=np.int32), column)
+
+
 # ---- scores of whole texts ---------------------------------------------------------------------
 
 

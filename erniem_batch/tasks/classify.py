@@ -30,6 +30,7 @@ from erniem_batch.tasks.base import (
     require_string,
     sigmoid,
     softmax,
+    struct_lists,
 )
 from erniem_batch.text.segments import Tokens
 from erniem_batch.text.tokenizer import ErnieMTokenizer
@@ -88,19 +89,10 @@ class _LabelTask(Task):
 
     def columns(self, values: Sequence[Sequence[LabelScore]]) -> list[pa.Array]:
         """`predicted_label`, `predicted_score` (null where none is left) and `label_scores`."""
-        scores = [score for value in values for score in value]
-        counts = np.array([0, *map(len, values)], dtype=np.int32)
-        struct = pa.StructArray.from_arrays(
-            [
-                pa.array([s.label for s in scores], pa.string()),
-                pa.array([s.score for s in scores], pa.float32()),
-            ],
-            fields=list(LABEL_SCORE),
-        )
         return [
             pa.array([value[0].label if value else None for value in values], pa.string()),
             pa.array([value[0].score if value else None for value in values], pa.float32()),
-            pa.ListArray.from_arrays(np.cumsum(counts, dtype=np.int32), struct),
+            struct_lists(LABEL_SCORE, values),
         ]
 
 

@@ -30,7 +30,7 @@ import pyarrow as pa
 from erniem_batch.errors import ConfigError, RecordError
 from erniem_batch.options import ExtractOptions
 from erniem_batch.records import Encoded, Failure, FloatArray, Record, Window
-from erniem_batch.tasks.base import Task, encoded_of, require_finite, sigmoid
+from erniem_batch.tasks.base import Task, encoded_of, require_finite, sigmoid, struct_lists
 from erniem_batch.tasks.pairing import Candidate, join_windows, pair
 from erniem_batch.text.offsets import Offsets
 from erniem_batch.text.schema import (
@@ -103,6 +103,28 @@ def walk(items: Sequence[Item], parent: Item | None = None) -> Iterator[tuple[It
         yield from walk(item.relations, item)
 
 
+@dataclass(frozen=True, slots=True)
+class FlatRow:
+    """An item as a row of its text's list; `parent` is the id of another row."""
+
+    id: int
+    parent: int | None
+    item: Item
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.item, name)
+
+
+def flat_rows(items: Sequence[Item]) -> list[FlatRow]:
+    """A tree as rows, each before its relations."""
+    ids: dict[int, int] = {}
+    rows = []
+    for item, parent in walk(items):
+        ids[id(item)] = len(ids)
+        rows.append(FlatRow(ids[id(item)], None if parent is None else ids[id(parent)], item))
+    return rows
+
+
 class ItemTask(Task):
     """What both ways to extract have in common: the head and the columns."""
 
@@ -137,31 +159,7 @@ class ItemTask(Task):
 
     def columns(self, values: Sequence[Sequence[Item]]) -> list[pa.Array]:
         """`extracted`: a flat list in which `parent` is the id of another item of the row."""
-        ids: list[int] = []
-        parents: list[int | None] = []
-        items: list[Item] = []
-        counts = [0]
-        for value in values:
-            place: dict[int, int] = {}
-            for item, parent in walk(value):
-                place[id(item)] = len(place)
-                ids.append(place[id(item)])
-                parents.append(None if parent is None else place[id(parent)])
-                items.append(item)
-            counts.append(len(place))
-        struct = pa.StructArray.from_arrays(
-            [
-                pa.array(ids, pa.int32()),
-                pa.array(parents, pa.int32()),
-                pa.array([item.name for item in items], pa.string()),
-                pa.array([item.text for item in items], pa.string()),
-                pa.array([item.start for item in items], pa.int32()),
-                pa.array([item.end for item in items], pa.int32()),
-                pa.array([item.probability for item in items], pa.float32()),
-            ],
-            fields=list(ITEM),
-        )
-        columns = [pa.ListArray.from_arrays(np.cumsum(counts, dtype=np.int32), struct)]
+        columns = [struct_lists(ITEM, [flat_rows(value) for value in values])]
         if self.options.output_json:
             texts = [json.dumps(taskflow_json(value), ensure_ascii=False) for value in values]
             columns.append(pa.array(texts, pa.string()))

@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from erniem_batch.errors import ConfigError
 from erniem_batch.records import Encoded, Failure, FloatArray, Record
-from erniem_batch.tasks.base import Task, encoded_of, require_finite, softmax
+from erniem_batch.tasks.base import Task, encoded_of, require_finite, softmax, struct_lists
 from erniem_batch.text.offsets import Offsets
 from erniem_batch.text.tokenizer import ErnieMTokenizer
 from erniem_batch.text.windows import stitch
@@ -210,19 +210,7 @@ class NerTask(Task):
 
     def columns(self, values: Sequence[Sequence[Entity]]) -> list[pa.Array]:
         """`entities`."""
-        entities = [entity for value in values for entity in value]
-        counts = np.array([0, *map(len, values)], dtype=np.int32)
-        struct = pa.StructArray.from_arrays(
-            [
-                pa.array([e.start for e in entities], pa.int32()),
-                pa.array([e.end for e in entities], pa.int32()),
-                pa.array([e.label for e in entities], pa.string()),
-                pa.array([e.word for e in entities], pa.string()),
-                pa.array([e.score for e in entities], pa.float32()),
-            ],
-            fields=list(ENTITY),
-        )
-        return [pa.ListArray.from_arrays(np.cumsum(counts, dtype=np.int32), struct)]
+        return [struct_lists(ENTITY, values, ("start", "end", "label", "word", "score"))]
 
 
 def word_starts(text: str, starts: np.ndarray, unknown: np.ndarray) -> np.ndarray:

@@ -23,7 +23,14 @@ import pyarrow as pa
 from erniem_batch.errors import RecordError
 from erniem_batch.options import QaOptions
 from erniem_batch.records import Encoded, Failure, FloatArray, Record, Window
-from erniem_batch.tasks.base import Task, encoded_of, require_finite, require_string, softmax
+from erniem_batch.tasks.base import (
+    Task,
+    encoded_of,
+    require_finite,
+    require_string,
+    softmax,
+    struct_lists,
+)
 from erniem_batch.tasks.ner import is_unspaced
 from erniem_batch.text.offsets import Offsets
 from erniem_batch.text.segments import Tokens
@@ -159,20 +166,9 @@ class QaTask(Task):
 
     def columns(self, values: Sequence[Answers]) -> list[pa.Array]:
         """`predicted_answer` (null where there is none), `predicted_answers`, `null_score`."""
-        answers = [answer for value in values for answer in value.answers]
-        counts = np.array([0, *(len(value.answers) for value in values)], dtype=np.int32)
-        struct = pa.StructArray.from_arrays(
-            [
-                pa.array([a.start for a in answers], pa.int32()),
-                pa.array([a.end for a in answers], pa.int32()),
-                pa.array([a.text for a in answers], pa.string()),
-                pa.array([a.score for a in answers], pa.float32()),
-            ],
-            fields=list(ANSWER),
-        )
         return [
             pa.array([v.best.text if v.best else None for v in values], pa.string()),
-            pa.ListArray.from_arrays(np.cumsum(counts, dtype=np.int32), struct),
+            struct_lists(ANSWER, [value.answers for value in values]),
             pa.array([value.null_score for value in values], pa.float32()),
         ]
 
