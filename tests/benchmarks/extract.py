@@ -8,7 +8,7 @@ In one process, with the same weights, float32 on CPU:
             tokenized again for every name. It says nothing about the speed of Paddle itself.
   short     The same, padded only to the longest text of its batch (padding is hidden).
   compat    Our Predictor with taskflow_compat: the same padded windows, all names at once, equal
-            windows computed once.
+            windows computed once; --compat-rows at a time, since memory grows with each window.
   ours      Our Predictor as it is: batches by length within a token budget, padding hidden.
 
 They take turns, and `ours` has one before and after each of the slow ones, so that a busy machine
@@ -26,6 +26,7 @@ most; in NFC, since Taskflow fails on letters with separate accents.
 import gc
 import json
 import os
+import resource
 import statistics
 import tempfile
 import time
@@ -258,17 +259,20 @@ def run_schedule(
     return values, [to_items(result) for result in as_one], usage
 
 
-def run_predictor(predictor: Predictor, texts: Sequence[str]) -> tuple[Values, Usage]:
+def run_predictor(
+    predictor: Predictor, texts: Sequence[str], rows_a_call: int | None = None
+) -> tuple[Values, Usage]:
     records = records_of(texts)
+    step = rows_a_call or len(records)
     before = deepcopy(predictor.counters)
     usage = Usage()
     with timed(usage):
-        outcomes = predictor.predict(records)
+        calls = [predictor.predict(records[i : i + step]) for i in range(0, len(records), step)]
     after = predictor.counters
     usage.model_seconds = after.seconds["forward"] - before.seconds["forward"]
     for name in ("windows", "repeated_windows", "real_tokens", "padded_tokens"):
         setattr(usage, name, getattr(after, name) - getattr(before, name))
-    return [values_of(outcome) for outcome in outcomes], usage
+    return [values_of(outcome) for outcomes in calls for outcome in outcomes], usage
 
 
 def values_of(outcome: Any) -> list[Item]:
@@ -431,6 +435,7 @@ def main(
     threads: int = 2,
     taskflow_rows: int | None = None,
     check_rows: int | None = None,
+    compat_rows: int = 50,
     max_batch_tokens: int | None = None,
 ) -> None:
     """Prints a table, what the comparisons gave, and all of it as one line of JSON.
@@ -445,6 +450,7 @@ def main(
         taskflow_rows: Compare the schedules on the first so many rows only, all of them on the
             same ones; the cost of further names is still that of all rows.
         check_rows: Rows to compute again one window at a time; default: all.
+        compat_rows: Rows in one call of compat.
         max_batch_tokens: Of ours and compat; default: as the package does it.
     """
     torch.set_num_threads(threads)
@@ -455,7 +461,7 @@ def main(
         where = model or Path(folder)
         compat = load(where, threads, max_batch_tokens, taskflow_compat=True)
         ours = load(where, threads, max_batch_tokens)
-        run(compat, ours, given, rounds, taskflow_rows, check_rows)
+        run(compat, ours, given, rounds, taskflow_rows, check_rows, compat_rows)
 
 
 def run(
@@ -465,6 +471,7 @@ def run(
     n_rounds: int,
     taskflow_rows: int | None,
     check_rows: int | None,
+    compat_rows: int,
 ) -> None:
     # This first look, not timed, also fills both tables of pieces.
     ours.encode(records_of(given))
@@ -481,6 +488,7 @@ def run(
         "layers": config.num_hidden_layers,
         "hidden": config.hidden_size,
         "mask_mode": config.mask_mode,
+        "compat_rows_a_call": compat_rows,
         "max_batch_tokens": ours.max_batch_tokens,
         "threads": ours.config.n_threads,
         "cores": os.cpu_count(),
@@ -496,15 +504,17 @@ def run(
         )
         return usage
 
-    def predict(name: str, predictor: Predictor, some: Sequence[str]) -> Usage:
-        values[name], usage = run_predictor(predictor, some)
+    def predict(
+        name: str, predictor: Predictor, some: Sequence[str], rows_a_call: int | None = None
+    ) -> Usage:
+        values[name], usage = run_predictor(predictor, some, rows_a_call)
         return usage
 
     fewer = {n: ours.with_options(schema=json.dumps(LABELS[:n])) for n in N_LABELS}
     candidates: dict[str, Callable[[], Usage]] = {
         "taskflow": lambda: schedule("taskflow", compat.model, pad_to_512=True),
         "short": lambda: schedule("short", ours.model, pad_to_512=False),
-        "compat": lambda: predict("compat", compat, texts),
+        "compat": lambda: predict("compat", compat, texts, compat_rows),
         "ours": lambda: predict("ours", ours, texts),
         **{f"{n} labels": lambda n=n: predict(f"{n}", fewer[n], all_texts) for n in N_LABELS},
     }
@@ -523,7 +533,8 @@ def run(
             loads.append(os.getloadavg()[0])
             print(
                 f"round {number} {name}: {turns[name][-1].seconds:.1f} s, "
-                f"{turns[name][-1].cpu_seconds:.1f} CPU s, load {loads[-1]:.1f}",
+                f"{turns[name][-1].cpu_seconds:.1f} CPU s, load {loads[-1]:.1f}, "
+                f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10:,} MiB",
                 flush=True,
             )
 
