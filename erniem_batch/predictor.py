@@ -212,8 +212,10 @@ class Predictor:
         places: dict[bytes, int] = {}
         place_of = [places.setdefault(w.ids.tobytes(), len(places)) for w in windows]
         distinct = dict(zip(place_of, windows, strict=True))
+        todo = [distinct[i] for i in range(len(distinct))]
+        store = _Store(todo)
         with self._timed("forward"):
-            while not self._forward_rest([distinct[i] for i in range(len(distinct))], outputs):
+            while not self._forward_rest(todo, outputs, store):
                 self._halve_batches()
         with self._counting:
             self.counters.windows += len(windows)
@@ -221,7 +223,10 @@ class Predictor:
         return [outputs[i] for i in place_of]
 
     def _forward_rest(
-        self, windows: Sequence[Window], outputs: dict[int, FloatArray | Failure]
+        self,
+        windows: Sequence[Window],
+        outputs: dict[int, FloatArray | Failure],
+        store: "_Store",
     ) -> bool:
         """Adds the outputs that are missing; False if memory ran out before the last of them."""
         rest = [i for i in range(len(windows)) if i not in outputs]
@@ -232,7 +237,8 @@ class Predictor:
                 results = run_isolated([windows[i] for i in places], self._attempt, _failure)
             except _BatchTooLarge:
                 return False
-            outputs.update(zip(places, results, strict=True))
+            for place, result in zip(places, results, strict=True):
+                outputs[place] = result if isinstance(result, Failure) else store.keep(result)
         return True
 
     def _halve_batches(self) -> None:
@@ -323,6 +329,31 @@ class Predictor:
         finally:
             with self._counting:
                 self.counters.seconds[phase] += time.perf_counter() - started
+
+
+class _Store:
+    """One array for the rows of all windows of a call.
+
+    Kept one by one, they would lie between the large tensors of the passes, and the memory that
+    these leave could not be used again: a megabyte a window.
+    """
+
+    def __init__(self, windows: Sequence[Window]) -> None:
+        self._n_windows = len(windows)
+        self._n_tokens = sum(len(window.ids) for window in windows)
+        self._rows: FloatArray | None = None
+        self._n_used = 0
+
+    def keep(self, rows: FloatArray) -> FloatArray:
+        """A copy of the rows of one window; all have as many columns."""
+        if self._rows is None:  # heads that look at texts give one row
+            n_rows = self._n_windows if len(rows) == 1 else self._n_tokens
+            self._rows = np.empty((n_rows, rows.shape[1]), dtype=np.float32)
+        end = self._n_used + len(rows)
+        kept = self._rows[self._n_used : end]
+        kept[:] = rows
+        self._n_used = end
+        return kept
 
 
 # ---- errors of the forward pass ----------------------------------------------------------------
