@@ -3,6 +3,7 @@
 Reads what transformers and PaddleNLP write (`tensors_of`), turns foreign names and layouts into
 ours (`to_our_names`), and refuses a folder that does not match the model exactly. With
 `convert.py`, which writes PaddleNLP's form, the only file that knows how others call things.
+A compact form of our own, for small downloads, is `to_int8`.
 """
 
 import json
@@ -21,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from erniem_batch.errors import CheckpointError
+from erniem_batch.errors import CheckpointError, ConfigError
 from erniem_batch.model.config import ErnieMConfig
 from erniem_batch.model.overlay import BASE_KEY, base_folder, base_name, relative_base
 
@@ -36,6 +37,19 @@ _HEAD_TENSORS = re.compile(
 
 _PADDLE_QKV = re.compile(r"(layers\.\d+\.self_attn)\.([qkv]_proj\.)")
 _EMBEDDING = re.compile(r"_embeddings\.weight$")
+
+# How weights may be stored but as floats, and where a config.json says so. Loading goes by the
+# names of the tensors: other libraries do not find those of int8, and say that weights are missing.
+STORAGES = ("int8",)
+STORAGE_KEY = "weight_storage"
+_INT8, _SCALE = ".int8", ".int8_scale"
+
+# Heads stay floats: they are small, and their rows are few.
+_STORED_AS_INT8 = re.compile(r"^(ernie_m\.)?(embeddings|encoder\.layers|pooler\.dense)\.")
+
+# A row without a larger number is stored as zeros. No weight is that small, and products with a
+# scale stay far above 1e-38, where float32 loses bits.
+_NEGLIGIBLE = 1e-30
 
 
 class PreTrainedModel(nn.Module):
@@ -58,7 +72,9 @@ class PreTrainedModel(nn.Module):
         """A model in evaluation mode with the weights of a folder.
 
         Weights that are stored as `dtype` in a safetensors file stay memory-mapped: processes on
-        one machine share them. Other dtypes are converted, which makes a private copy.
+        one machine share them. Other dtypes are converted, which makes a private copy; so are
+        weights stored as int8, which cannot be mapped as floats. For many processes on one
+        machine, `erniem-batch convert` makes an ordinary folder of such a one.
 
         Args:
             folder: of transformers (`model.safetensors`, sharded, or `pytorch_model.bin`) or
@@ -92,12 +108,24 @@ class PreTrainedModel(nn.Module):
             model._init_module(model.get_submodule(name.rpartition(".")[0]))
         return model.eval()
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, storage: str | None = None) -> None:
         """Writes config.json and model.safetensors, readable by transformers 4.40.2.
 
         The folder stands alone, even if the model was loaded from an overlay.
+
+        Args:
+            storage: `int8` halves the size of float16, rounds (see `to_int8`), and is read by this
+                package only; None: floats in the model's own dtype.
+
+        Raises:
+            ConfigError: no such storage.
+            CheckpointError: a weight is not finite, so cannot be stored as int8.
         """
-        _write(self, Path(folder), self.state_dict(), next(iter(self.parameters())).dtype)
+        check_storage(storage)
+        if storage is None:
+            _write(self, Path(folder), self.state_dict(), next(iter(self.parameters())).dtype)
+        else:
+            _write_int8(self, Path(folder), to_int8(self.state_dict()))
 
     def _init_all(self) -> None:
         if next(self.parameters()).is_meta:
@@ -124,31 +152,55 @@ def save_overlay(
     base: str | Path,
     *,
     dtype: torch.dtype | str | None = None,
+    storage: str | None = None,
 ) -> None:
     """Writes a model as what differs from another folder: config.json, model.safetensors.
 
+    Tensors are compared as they are written, so that a difference which `dtype` or `storage` rounds
+    away is not written.
+
     Args:
         base: a model folder that stands alone; has to stay at its place relative to `folder`.
-        dtype: of the written tensors; None: the model's own. Tensors are compared in this dtype, so
-            that a difference which it rounds away is not written.
+        dtype: of the tensors written as floats; None: the model's own, float16 beside int8.
+        storage: `int8` or None, as for `save_pretrained`, whatever the storage of the base.
 
     Raises:
-        CheckpointError: the base cannot be read, or is an overlay itself.
+        ConfigError: no such storage.
+        CheckpointError: the base cannot be read, or is an overlay itself; or a weight is not
+            finite, so cannot be stored as int8.
     """
     folder, base = Path(folder), Path(base)
+    check_storage(storage)
     if base_name(base) is not None or base.resolve() == folder.resolve():
         raise CheckpointError(f"{base}: the base of an overlay must be another, complete model")
-    target = parse_dtype(next(iter(model.parameters())).dtype if dtype is None else dtype)
-    state = {name: tensor.to(target) for name, tensor in model.state_dict().items()}
+    own = next(iter(model.parameters())).dtype if storage is None else torch.float16
+    target = parse_dtype(own if dtype is None else dtype)
+    state = model.state_dict()
     below = _named_tensors(base, type(model).__name__, state)
     changed = {
         name: tensor
         for name, tensor in state.items()
         if name not in below
         or below[name].shape != tensor.shape
-        or not torch.equal(below[name].to(tensor), tensor)
+        or not _same_when_stored(name, tensor, below[name], target, storage)
     }
-    _write(model, folder, changed, target, {BASE_KEY: relative_base(folder, base)})
+    extra = {BASE_KEY: relative_base(folder, base)}
+    if storage is None:
+        floats = {name: tensor.to(target) for name, tensor in changed.items()}
+        _write(model, folder, floats, target, extra)
+    else:
+        _write_int8(model, folder, to_int8(changed, target), extra)
+
+
+def _same_when_stored(
+    name: str, ours: Tensor, base: Tensor, dtype: torch.dtype, storage: str | None
+) -> bool:
+    if storage is None:
+        return torch.equal(base.to(ours.device, dtype), ours.to(dtype))
+    if torch.equal(base.to(ours), ours):  # as they were loaded: in bfloat16, rows have other scales
+        return True
+    a, b = (to_int8({name: tensor}, dtype) for tensor in (ours.cpu(), base))
+    return all(torch.equal(tensor, b[key]) for key, tensor in a.items())
 
 
 def _write(
@@ -160,7 +212,8 @@ def _write(
 ) -> None:
     """config.json with `extra` in it, and these tensors of the model."""
     folder.mkdir(parents=True, exist_ok=True)
-    kept = {name: value for name, value in model.config.extra.items() if name != BASE_KEY}
+    ours = (BASE_KEY, STORAGE_KEY)
+    kept = {name: value for name, value in model.config.extra.items() if name not in ours}
     kept |= {"torch_dtype": str(dtype).removeprefix("torch."), "transformers_version": "4.40.2"}
     config = replace(
         model.config, architectures=[type(model).__name__], extra={**kept, **(extra or {})}
@@ -173,6 +226,22 @@ def _write(
     # safetensors lets only the owner read its files; whoever reads the config needs both.
     shutil.copymode(folder / "config.json", partial)
     partial.replace(path)
+
+
+def _write_int8(
+    model: PreTrainedModel,
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    extra: Mapping[str, str] | None = None,
+) -> None:
+    # Its torch_dtype is the one that loading gives.
+    _write(model, folder, tensors, torch.float32, {**(extra or {}), STORAGE_KEY: "int8"})
+
+
+def check_storage(storage: str | None) -> None:
+    """Raises ConfigError: no such storage."""
+    if storage not in (None, *STORAGES):
+        raise ConfigError(f"storage must be one of {', '.join(STORAGES)} or None, got {storage!r}")
 
 
 def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -230,9 +299,10 @@ def _shards(index: Path) -> list[Path]:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        stored = load_file(path)
     except SafetensorError as error:
         raise CheckpointError(f"{path}: damaged or not a safetensors file: {error}") from error
+    return from_int8(stored, path)
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
@@ -302,6 +372,100 @@ def _tensor_from_paddle(array: np.ndarray) -> Tensor:
     if array.dtype.kind not in "fiub":
         raise CheckpointError(f"a tensor of the unknown kind {array.dtype}")
     return torch.from_numpy(np.ascontiguousarray(array))
+
+
+# ---- int8 rows --------------------------------------------------------------------------------
+
+
+def to_int8(
+    tensors: Mapping[str, Tensor], floats: torch.dtype = torch.float16
+) -> dict[str, Tensor]:
+    """Tensors under our names as they are stored for `storage="int8"`.
+
+    Matrices of the encoder become NAME.int8, of the same shape, and NAME.int8_scale, float32, one
+    number a row; heads and everything 1-D become `floats`, or float32 where those overflow. A row
+    is its codes, -127 … 127, times its scale, which is 1/127 of the largest absolute value: no
+    number is off by more than half a scale. A row of zeros stays one.
+
+    What `from_int8` gives is stored again as the very same codes and scales.
+
+    Raises:
+        CheckpointError: names the matrices with numbers that are not finite.
+    """
+    stored: dict[str, Tensor] = {}
+    not_finite = []
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().float()
+        if tensor.ndim == 2 and _STORED_AS_INT8.match(name):
+            codes, scale = _quantised(tensor)
+            stored |= {name + _INT8: codes, name + _SCALE: scale}
+            if not (scale * 127).isfinite().all():
+                not_finite.append(name)
+        else:
+            rounded = tensor.to(floats)
+            stored[name] = rounded if rounded.isfinite().all() else tensor
+    if not_finite:
+        raise CheckpointError(
+            f"cannot be stored as int8, for not all numbers are finite: {_shorten(not_finite)}"
+        )
+    return stored
+
+
+def _quantised(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a matrix in float32."""
+    largest = matrix.abs().amax(dim=1)
+    # Only 17 significant bits of a scale are kept. With the 7 of a code, products are exact in
+    # float32, and so is what comes of dividing the largest, 127 scales, by 127 once more.
+    scale = (((largest / 127).view(torch.int32) + 64) & ~127).view(torch.float32)
+    scale = torch.where(largest < _NEGLIGIBLE, 0.0, scale)
+    divisor = torch.where(scale == 0, torch.inf, scale)
+    codes = (matrix / divisor[:, None]).round_().clamp_(-127, 127)
+    return codes.to(torch.int8), scale
+
+
+def from_int8(stored: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
+    """Matrices stored by `to_int8` in float32 under their own names; other tensors unchanged.
+
+    Raises:
+        CheckpointError: names every half of a pair, every wrong shape and every wrong scale.
+    """
+    tensors, problems = {}, []
+    for name, tensor in stored.items():
+        if name.endswith(_INT8):
+            plain = name.removesuffix(_INT8)
+            problem = _problem_of_int8(stored, plain)
+            if problem is None:
+                tensors[plain] = tensor.float().mul_(stored[plain + _SCALE][:, None])
+            else:
+                problems.append(problem)
+        elif name.endswith(_SCALE):
+            codes = name.removesuffix(_SCALE) + _INT8
+            if codes not in stored:
+                problems.append(f"{name} without {codes}")
+        else:
+            tensors[name] = tensor
+    if problems:
+        raise CheckpointError(f"{source}: damaged int8 weights: {_shorten(problems)}")
+    return tensors
+
+
+def _problem_of_int8(stored: Mapping[str, Tensor], name: str) -> str | None:
+    codes, scale = stored[name + _INT8], stored.get(name + _SCALE)
+    if scale is None:
+        return f"{name}{_INT8} without {name}{_SCALE}"
+    if name in stored:
+        return f"{name} is there as floats and as {name}{_INT8}"
+    if codes.dtype != torch.int8 or codes.ndim != 2:
+        return f"{name}{_INT8} is {_form(codes)}, expected int8 (rows, columns)"
+    if scale.dtype != torch.float32 or scale.shape != codes.shape[:1]:
+        return f"{name}{_SCALE} is {_form(scale)}, expected float32 ({len(codes)},)"
+    if not ((scale >= 0) & scale.isfinite()).all():
+        return f"{name}{_SCALE} holds numbers that are negative or not finite"
+    return None
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
 # ---- names and layouts ------------------------------------------------------------------------

@@ -22,10 +22,14 @@ from torch import Tensor
 from erniem_batch.errors import CheckpointError, ConfigError
 from erniem_batch.model.checkpoint import (
     BASE_PREFIX,
+    STORAGE_KEY,
     PreTrainedModel,
+    check_storage,
+    from_int8,
     is_paddle_layout,
     tensors_for,
     tensors_of,
+    to_int8,
     to_our_names,
 )
 from erniem_batch.model.config import ErnieMConfig
@@ -54,7 +58,9 @@ _PADDLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # Keys of a config.json that say something about the other library's folder only.
 _PADDLE_KEYS = frozenset(("paddlenlp_version", "dtype", "type_vocab_size"))
-_HF_KEYS = frozenset(("torch_dtype", "transformers_version", "_name_or_path", BASE_KEY))
+_HF_KEYS = frozenset(
+    ("torch_dtype", "transformers_version", "_name_or_path", BASE_KEY, STORAGE_KEY)
+)
 
 # Scripts, widths, digits, a lone space before CJK, special tokens written out, nothing at all.
 _SAMPLES = (
@@ -79,8 +85,10 @@ class Conversion:
     Attributes:
         head: class of the model.
         source_layout, target_layout: `hf` or `paddle`.
-        n_tensors: tensors written; each was read back and is equal, bit by bit.
-        max_difference: largest difference between hidden states and outputs of both folders.
+        n_tensors: tensors written; each was read back and is equal, bit by bit, or as close as
+            int8 comes.
+        max_difference: largest difference between hidden states and outputs of both folders; with
+            int8, what the rounding does to them.
         n_ids_checked: token ids compared; 0 if the source has no tokenizer.
         notes: what is not the same for a user of the other library.
     """
@@ -101,18 +109,20 @@ def convert(
     layout: str | None = None,
     head: str | None = None,
     mask_mode: str | None = None,
+    storage: str | None = None,
 ) -> Conversion:
     """Writes a model folder in the form of transformers (`hf`) or of PaddleNLP (`paddle`).
 
-    Tensors keep their types. Written are config, weights and tokenizer, no other files. The target
-    appears complete or not at all.
+    Tensors keep their types; those of an int8 folder become float32. Written are config, weights
+    and tokenizer, no other files. The target appears complete or not at all.
 
     Args:
         source: folder of transformers, PaddleNLP (any age) or an overlay.
         target: folder that does not exist yet, or is empty.
-        layout: of the target; None: the one that the source does not have.
+        layout: of the target; None: the one that the source does not have, or hf for a storage.
         head: class of the model; None: as `architectures` says, else by the tensors.
         mask_mode: instead of the source's; see ErnieMConfig.
+        storage: `int8`, see PreTrainedModel.save_pretrained; None: floats.
 
     Raises:
         ConfigError: the target is taken, or PaddleNLP cannot express the model; names everything
@@ -122,19 +132,26 @@ def convert(
     source, target = Path(source), Path(target)
     if layout not in (None, *LAYOUTS):
         raise ConfigError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    check_storage(storage)
+    if storage is not None and layout == "paddle":
+        raise ConfigError(f"storage={storage!r} is for the layout hf: PaddleNLP cannot read it")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} exists already: choose a new or an empty folder")
     stored = _stored_tensors(source)
     source_layout = _layout_of(source, stored)
-    target_layout = layout or ("paddle" if source_layout == "hf" else "hf")
+    target_layout = layout or ("paddle" if source_layout == "hf" and storage is None else "hf")
     name = _head_of(source, stored, source_layout, head)
     config = _config_of(source, source_layout, name, mask_mode)
     tokenizer = _tokenizer_of(source, source_layout)
     tensors = tensors_for(CONVERTIBLE[name], config, source)
+    if _is_int8(source):
+        tensors = {key: tensor.float() for key, tensor in tensors.items()}
     model = _model_of(CONVERTIBLE[name], config, tensors)
     if target_layout == "paddle":
         _refuse_what_paddle_lacks(source, model, tokenizer)
     notes = _notes(model, tokenizer, stored, source_layout, target_layout)
+    if storage is not None:
+        notes.append(f"only erniem_batch reads {storage} weights: transformers finds them missing")
 
     del stored  # as large as the model
     # Hidden, and of this run alone: whoever kills it has this folder to remove, never the target.
@@ -144,10 +161,10 @@ def convert(
         if target_layout == "paddle":
             _write_paddle(model, tokenizer, partial)
         else:
-            _write_hf(model, tokenizer, partial)
+            _write_hf(model, tokenizer, partial, storage)
         rows = _sample_ids(source, source_layout, partial)
-        _compare_tensors(model, partial)
-        difference = _compare_outputs(type(model), source, config, partial, rows)
+        _compare_tensors(model, partial, storage)
+        difference = _compare_outputs(type(model), source, config, partial, rows, storage)
         if target.is_dir():
             target.rmdir()
         partial.rename(target)
@@ -172,6 +189,12 @@ def convert(
 def _stored_tensors(folder: Path) -> dict[str, Tensor]:
     base = base_folder(folder)
     return {**({} if base is None else tensors_of(base)), **tensors_of(folder)}
+
+
+def _is_int8(folder: Path) -> bool:
+    """Whether a folder, or the base under it, was stored as int8."""
+    folders = [folder, base_folder(folder) or folder]
+    return any(ErnieMConfig.from_pretrained(f).extra.get(STORAGE_KEY) == "int8" for f in folders)
 
 
 def _layout_of(folder: Path, stored: Mapping[str, Tensor]) -> str:
@@ -359,8 +382,10 @@ def _notes(
 # ---- the target -------------------------------------------------------------------------------
 
 
-def _write_hf(model: PreTrainedModel, tokenizer: ErnieMTokenizer | None, folder: Path) -> None:
-    model.save_pretrained(folder)
+def _write_hf(
+    model: PreTrainedModel, tokenizer: ErnieMTokenizer | None, folder: Path, storage: str | None
+) -> None:
+    model.save_pretrained(folder, storage=storage)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
@@ -471,7 +496,7 @@ def _sample_ids(source: Path, layout: str, folder: Path) -> list[list[int]]:
     return ids
 
 
-def _compare_tensors(model: PreTrainedModel, folder: Path) -> None:
+def _compare_tensors(model: PreTrainedModel, folder: Path, storage: str | None) -> None:
     config = ErnieMConfig.from_pretrained(folder)
     changed = [
         f.name
@@ -483,7 +508,8 @@ def _compare_tensors(model: PreTrainedModel, folder: Path) -> None:
         raise CheckpointError(f"converting changed {', '.join(changed)} of the config")
     expected = model.state_dict()
     found = tensors_for(type(model), config, folder)
-    changed = [name for name, tensor in found.items() if not _same_bits(tensor, expected[name])]
+    is_same = _same_bits if storage is None else _close_as_int8
+    changed = [name for name, tensor in found.items() if not is_same(tensor, expected[name])]
     if changed:
         raise CheckpointError(f"converting changed {len(changed)} tensors ({changed[0]}, …)")
 
@@ -495,27 +521,47 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(*(t.detach().contiguous().view(torch.uint8) for t in (a, b)))
 
 
+def _close_as_int8(a: Tensor, b: Tensor) -> bool:
+    """Equal but for half a step of int8, 1/254 of the largest in the row, or one of float16."""
+    b = b.float()
+    step = b.abs().amax(dim=-1, keepdim=True) / 253 + 2.0**-24
+    return bool(((a.float() - b).abs() <= step).all())
+
+
 def _compare_outputs(
     cls: type[PreTrainedModel],
     source: Path,
     config: ErnieMConfig,
     folder: Path,
     rows: Sequence[Sequence[int]],
+    storage: str | None,
 ) -> float:
-    """Largest difference between the hidden states and outputs of both folders."""
+    """Largest difference between the hidden states and outputs of both folders.
+
+    With int8, the target must give what the source gives with its weights rounded.
+    """
     if not rows:
         rows = [[0, *map(ord, text), 2] for text in _SAMPLES]
     ids_BL = _padded(rows, config)
     # One after the other, so that only one copy in float32 is there at a time.
     expected = _outputs(cls.from_pretrained(source, config=config), ids_BL)
     found = _outputs(cls.from_pretrained(folder), ids_BL)
-    differences = [float((a - b).abs().max()) for a, b in zip(expected, found, strict=True)]
-    if not all(difference <= TOLERANCE for difference in differences):  # neither is NaN
+    difference = unexplained = _largest_difference(expected, found)
+    if storage == "int8":
+        rounded = cls.from_pretrained(source, config=config)
+        rounded.load_state_dict(from_int8(to_int8(rounded.state_dict()), source))
+        unexplained = _largest_difference(_outputs(rounded, ids_BL), found)
+    if not unexplained <= TOLERANCE:  # NaN is not
         raise CheckpointError(
             f"converting changed what the model computes: outputs and hidden states differ by up "
-            f"to {max(differences)}, more than {TOLERANCE}"
+            f"to {unexplained}, more than {TOLERANCE}"
         )
-    return max(differences)
+    return difference
+
+
+def _largest_difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """NaN if there is one anywhere."""
+    return float(torch.stack([(x - y).abs().max() for x, y in zip(a, b, strict=True)]).max())
 
 
 def _padded(rows: Sequence[Sequence[int]], config: ErnieMConfig) -> Tensor:
