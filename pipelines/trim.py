@@ -3,8 +3,9 @@
     python pipelines/trim.py --model BASE --output SMALL --max-vocab 22000 --layers 8 \\
         --texts 'ner/*.train.jsonl.gz' 1.0 --texts 'corpus/*.jsonl.gz' 0.1
 
-Keeps the tokens that the texts use most (and every special token) and the first layers. A dropped
-token isn't lost: it is spelled with shorter ones.
+Keeps every special token, every token of a single character (a name may need any of them), the
+tokens that the texts use most, and the first layers. A dropped token isn't lost: it is spelled with
+shorter ones.
 """
 
 import argparse
@@ -50,8 +51,7 @@ def main() -> int:
             ids = tokenizer.encode_batch(texts, offsets=False).ids
             uses += float(weight) * np.bincount(ids, minlength=len(uses))
     uses[tokenizer.all_special_ids] = 0
-    best = np.argsort(-uses, kind="stable")[: args.max_vocab - N_SPECIAL - 1]
-    words = np.sort(best[uses[best] > 0])
+    words = kept_words(tokenizer, uses, args.max_vocab - N_SPECIAL - 1)
     kept = np.concatenate([np.arange(N_SPECIAL), words, [tokenizer.mask_token_id]])
     share = uses[words].sum() / uses.sum()
     print(f"keeping {len(kept)} of {len(uses)} tokens, {share:.1%} of the weighted uses")
@@ -61,6 +61,15 @@ def main() -> int:
     model.half().save_pretrained(args.output)
     trimmed.save_pretrained(args.output)
     return 0
+
+
+def kept_words(tokenizer: ErnieMTokenizer, uses: np.ndarray, n_words: int) -> np.ndarray:
+    """Ids of the tokens to keep, ascending: single characters first, then by use."""
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(uses))))
+    is_character = np.array([len(token) == 1 for token in tokens])
+    is_character[tokenizer.all_special_ids] = False
+    best = np.lexsort((-uses, ~is_character))[:n_words]
+    return np.sort(best[(uses[best] > 0) | is_character[best]])
 
 
 def batches(pattern: str, size: int = 2000) -> Iterator[list[str]]:
