@@ -22,6 +22,7 @@ from rich.markup import escape
 from erniem_batch import __version__, storage
 from erniem_batch.config import DEMO
 from erniem_batch.errors import CheckpointError, ConfigError, ErnieMBatchError
+from erniem_batch.evaluate.cli import evaluate
 from erniem_batch.job import JobConfig, RunReport, Stopped, replay_job, run_job
 from erniem_batch.job.letters import DEAD_LETTERS
 from erniem_batch.job.run import default_output
@@ -35,6 +36,7 @@ from erniem_batch.options import (
     Options,
     QaOptions,
 )
+from erniem_batch.train.config import FinetuneConfig
 
 EXIT_USAGE = 2
 EXIT_INCOMPLETE = 3
@@ -173,7 +175,8 @@ def choose(
 ) -> int:
     """Choose among several continuations of a premise in Parquet or JSONL shards.
 
-    Needs --model: no data at hand teaches a demo model to choose.
+    Without flags: sample premises with the demo model, which learnt from 500 of them and hardly
+    does better than chance: it shows the columns.
     """
     return _run(config, options or ChooseOptions(), columns or ChooseColumns())
 
@@ -270,10 +273,12 @@ def convert(
     layout: Literal["hf", "paddle"] | None = None,
     head: str | None = None,
     mask_mode: Literal["pad", "paddle", "paddle_padded"] | None = None,
+    storage: Literal["int8"] | None = None,
 ) -> int:
     """Convert a model folder between the layouts of transformers and PaddleNLP.
 
     The new folder is checked before it appears: both give the same outputs and the same tokens.
+    With --storage int8, max_difference tells how far the rounding changes outputs.
 
     Args:
         source: Model folder.
@@ -281,11 +286,30 @@ def convert(
         layout: Of the new folder. Default: the other one than that of the source.
         head: Class of the model, such as ErnieMForTokenClassification, where it cannot be told.
         mask_mode: Which tokens are hidden, see the README. Default: as in the source.
+        storage: int8 halves the size of float16, for download; only erniem-batch reads it. Implies
+            --layout hf. Default: floats, also of an int8 source.
     """
     from erniem_batch.model.convert import convert as convert_folder
 
-    report = convert_folder(source, target, layout=layout, head=head, mask_mode=mask_mode)
+    report = convert_folder(
+        source, target, layout=layout, head=head, mask_mode=mask_mode, storage=storage
+    )
     print(json.dumps(asdict(report), default=str))
+    return 0
+
+
+@app.command
+def finetune(config: Annotated[FinetuneConfig, Flat]) -> int:
+    """Train a model on annotated rows: one task, or several that share an encoder.
+
+    Ray Train runs it, on one process of this machine or on many of a cluster. Run again after an
+    interruption, it goes on from the last checkpoint. Beside the model: training_results.json
+    and curve.png with losses and scores.
+    """
+    from erniem_batch.train.run import finetune as run_training
+
+    configure_logging()
+    print(run_training(config).as_line())
     return 0
 
 
@@ -321,6 +345,9 @@ def replay(
     }
     del changes["output"]
     return _finished(replay_job(output, changes))
+
+
+app.command(evaluate)
 
 
 def _finished(report: RunReport) -> int:

@@ -128,6 +128,10 @@ class Predictor:
                 raise ConfigError(f"{', '.join(changes)}: choose when the model is loaded")
         return other
 
+    def close(self) -> None:
+        """Ends its thread; there are no more calls after that."""
+        self._forward_thread.shutdown()
+
     def predict(self, records: Sequence[Record]) -> list[Outcome]:
         """One outcome for each record, in the same order. A bad record never harms another."""
         answered: dict[int, Outcome] = {}

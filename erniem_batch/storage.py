@@ -112,6 +112,20 @@ def _filesystem(scheme: str) -> Any:
         ) from error
 
 
+def for_arrow(path: str) -> tuple[str, Any]:
+    """A normal path as pyarrow's users take it: path and pyarrow filesystem, None for local ones.
+
+    Object storage goes through the same filesystem as everything else here, with the same
+    credentials and retries.
+    """
+    if not is_remote(path):
+        return os.path.abspath(path), None
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    scheme, _, rest = path.partition("://")
+    return rest, PyFileSystem(FSSpecHandler(_filesystem(scheme)))
+
+
 # A child does not have the thread that the connections of its parent belong to.
 os.register_at_fork(after_in_child=_filesystem.cache_clear)
 

@@ -38,9 +38,21 @@ class Pool:
 
 def connect(config: JobConfig) -> bool:
     """Connects to the cluster of the job; True if it was started just for this run."""
+    cores = os.cpu_count() or 1
+    pool = local_pool(config, cores)
+    return connect_to(config.address, max(cores, pool.max_actors * pool.cpus) + SPARE_CPUS)
+
+
+def connect_to(address: str | None, local_cpus: int) -> bool:
+    """Connects to a cluster; True if it was started just for this run.
+
+    Args:
+        address: None: that of RAY_ADDRESS, else a local one.
+        local_cpus: logical CPUs of a local one.
+    """
     # Set before Ray is imported: it reads them once.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    address = config.address or os.environ.get("RAY_ADDRESS")
+    address = address or os.environ.get("RAY_ADDRESS")
     local = address is None
     if local and "RAY_AUTH_MODE" not in os.environ:
         # A cluster of our own: only this run knows its token, and no file is written.
@@ -52,10 +64,9 @@ def connect(config: JobConfig) -> bool:
         return False
     options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
     if local:
-        pool = local_pool(config, os.cpu_count() or 1)
         options |= {
             "address": "local",
-            "num_cpus": max(os.cpu_count() or 1, pool.max_actors * pool.cpus) + SPARE_CPUS,
+            "num_cpus": local_cpus,
             "include_dashboard": False,
             "object_store_memory": LOCAL_OBJECT_STORE_BYTES,
             "_node_ip_address": "127.0.0.1",

@@ -90,7 +90,7 @@ def jsonl_chunks(
         if place is None:
             break
         try:
-            value = _parse(place.line or b"")
+            value = parse_line(place.line or b"")
             if reader.columns is None:
                 _require_no_clash(value, reader.added)
             objects.append(value)
@@ -194,7 +194,12 @@ def row_number(place: Place) -> int | None:
     return count
 
 
-def _parse(line: bytes) -> dict[str, Any]:
+def parse_line(line: bytes) -> dict[str, Any]:
+    """One line as a JSON object.
+
+    Raises:
+        RecordError: it is none; says why.
+    """
     try:
         text = line.removeprefix(BOM).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -267,7 +272,7 @@ def sample(file: SourceFile) -> list[dict[str, Any]]:
         with suppress(*CONTENT_ERRORS):  # what could be read before counts; the rest is dead
             for place in lines:
                 with suppress(RecordError):  # a dead letter later
-                    rows.append(_parse(place.line or b""))
+                    rows.append(parse_line(place.line or b""))
                 n_bytes += len(place.line or b"")
                 if n_bytes > SAMPLE_BYTES:
                     break

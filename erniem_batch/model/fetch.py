@@ -69,7 +69,7 @@ def local_folder(model: str, task: str) -> Path:
         return demo_model(task)
     scheme, _, rest = model.rpartition("://")
     if scheme in STORAGE_SCHEMES:
-        return _downloaded(storage.normal(model))
+        return _with_base(storage.normal(model))
     name, _, revision = rest.partition("@")
     if scheme == HUB_SCHEME and _HUB_NAME.fullmatch(name):
         return _from_hub(model, name, revision or None)
@@ -123,6 +123,31 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 # ---- object storage ---------------------------------------------------------------------------
+
+
+def _with_base(url: str) -> Path:
+    """The folder of a URL in the cache; of an overlay a copy of it, beside which its base lies."""
+    folder = _downloaded(url)
+    name = base_name(folder)
+    if name is None:
+        return folder
+    above, _, base_of_url = name.partition("/")
+    parent, _, own = url.rpartition("/")
+    if above != ".." or "/" in base_of_url or base_of_url in ("", "..", own):
+        raise ConfigError(
+            f"{url}: its base_model {name!r} is not beside it; by URL only a base of the form "
+            f'"../NAME" can be fetched'
+        )
+    base = _downloaded(f"{parent}/{base_of_url}")
+    pair = folder.with_name(f"{folder.name}-{base.name}")
+    with FileLock(folder.with_name(f"{pair.name}.lock")):
+        if not pair.is_dir():
+            partial = pair.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(folder, partial / own)
+            (partial / base_of_url).symlink_to(base)
+            partial.rename(pair)
+    return pair / own
 
 
 def _downloaded(url: str) -> Path:

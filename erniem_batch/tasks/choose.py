@@ -5,7 +5,7 @@ over the choices of one row, of which rows may have any number. There is no pipe
 transformers 4.40.2; the scores are the softmax of ErnieMForMultipleChoice's logits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -73,14 +73,14 @@ class ChooseTask(Task):
 
     def encode(self, records: Sequence[Record]) -> list[Encoded | Failure]:
         """Windows of each premise beside each of its choices."""
-        asked = [self._asked(record) for record in records]
+        premises_asked = [asked(record, self._templates) for record in records]
         lists = [choices_of(record) for record in records]
         flat = iter(self.tokens_of([choice for choices in lists for choice in choices]))
         tokens_of_choices = [[next(flat) for _ in choices] for choices in lists]
-        premises = self.tokens_of(asked)
+        premises = self.tokens_of(premises_asked)
 
         def read(i: int, record: Record, tokens: Tokens) -> Encoded:
-            require_string(asked[i], "question")
+            require_string(premises_asked[i], "question")
             require_choices(record.fields.get("choices"))
             premise = premises[i].ids
             windows = [
@@ -94,16 +94,6 @@ class ChooseTask(Task):
             return first_only(encoded) if self._pooling == "first" else encoded
 
         return self.encode_texts(records, read)
-
-    def _asked(self, record: Record) -> Any:
-        """Premise and question as one text; what is in place of the question if it is no text."""
-        question = record.fields.get("question")
-        if question in (None, "") and isinstance(record.text, str):
-            return record.text
-        if not isinstance(record.text, str) or not isinstance(question, str):
-            return question
-        template = self._templates.get(question, OTHER_TEMPLATE)
-        return template.replace("{question}", question).replace("{premise}", record.text)
 
     def decode(self, encoded: Encoded, outputs: Sequence[FloatArray]) -> Choice:
         """The scores of all choices and the best one."""
@@ -130,6 +120,17 @@ class ChooseTask(Task):
     def count(self, value: Choice) -> int:
         """1 if something was chosen."""
         return int(value.best is not None)
+
+
+def asked(record: Record, templates: Mapping[str, str] = TEMPLATES) -> Any:
+    """Premise and question as one text; what is in place of the question if it is no text."""
+    question = record.fields.get("question")
+    if question in (None, "") and isinstance(record.text, str):
+        return record.text
+    if not isinstance(record.text, str) or not isinstance(question, str):
+        return question
+    template = templates.get(question, OTHER_TEMPLATE)
+    return template.replace("{question}", question).replace("{premise}", record.text)
 
 
 def choices_of(record: Record) -> list[str]:

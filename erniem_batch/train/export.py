@@ -1,0 +1,155 @@
+"""What a training leaves behind: model folders, the history of its figures and a picture of it."""
+
+import io
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from erniem_batch import storage
+from erniem_batch.errors import StorageError
+from erniem_batch.model.checkpoint import PreTrainedModel, save_overlay
+from erniem_batch.model.config import ErnieMConfig
+from erniem_batch.model.encoder import ErnieMModel
+from erniem_batch.text.tokenizer import ErnieMTokenizer
+from erniem_batch.train.config import FinetuneConfig
+from erniem_batch.train.heads import SharedHeads, encoder_of
+
+logger = logging.getLogger(__name__)
+
+ENCODER = "encoder"
+# Such names are no part of a model, see `model.fetch`.
+HISTORY = "training_results.json"
+CURVE = "curve.png"
+
+
+def export(
+    config: FinetuneConfig, heads: SharedHeads, tokenizer: ErnieMTokenizer, start: Path
+) -> None:
+    """The trained models at `config.output`.
+
+    One task: the folder is its model. Several: the folder `encoder`, which is a model for
+    embeddings, and beside it for each other task a small overlay of its name.
+
+    Args:
+        start: model folder that the training started from: dropout is written as there.
+    """
+    before = ErnieMConfig.from_pretrained(start)
+    if config.storage == "float16":
+        heads.half()
+    tasks = list(heads.models)
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for task in tasks:
+            _reset_dropout(heads[task], before)
+        if len(tasks) == 1:
+            _save(heads[tasks[0]], folder, config)
+            tokenizer.save_pretrained(folder)
+        else:
+            _save(_encoder_of(heads[tasks[0]]), folder / ENCODER, config)
+            tokenizer.save_pretrained(folder / ENCODER)
+            for task in tasks:
+                if task != "embed":
+                    save_overlay(
+                        heads[task], folder / task, folder / ENCODER, **_storage_of(config)
+                    )
+        _upload(folder, config.output)
+    logger.info("saved output=%s", config.output)
+
+
+def _save(model: PreTrainedModel, folder: Path, config: FinetuneConfig) -> None:
+    model.save_pretrained(folder, **_storage_of(config))
+
+
+def _storage_of(config: FinetuneConfig) -> dict[str, Any]:
+    return {"storage": "int8"} if config.storage == "int8" else {}
+
+
+def _reset_dropout(model: PreTrainedModel, before: ErnieMConfig) -> None:
+    names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+    encoder_of(model).config = replace(
+        model.config, **{name: getattr(before, name) for name in names}
+    )
+
+
+def _encoder_of(model: PreTrainedModel) -> ErnieMModel:
+    """The shared layers as a model of their own, without anything of a task."""
+    plain = replace(model.config, id2label=None, label2id=None, num_labels=None, problem_type=None)
+    with torch.device("meta"):
+        encoder = ErnieMModel(plain, add_pooling_layer=False)
+    encoder.embeddings = encoder_of(model).embeddings
+    encoder.encoder = encoder_of(model).encoder
+    return encoder
+
+
+def _upload(folder: Path, output: str) -> None:
+    """All files; config.json last, because only with it a folder is a model."""
+    target = storage.normal(output)
+    files = sorted(
+        (path for path in folder.rglob("*") if path.is_file()),
+        key=lambda path: (path.name == "config.json", path),
+    )
+    for path in files:
+        name = path.relative_to(folder).as_posix()
+        storage.write(storage.join(target, name), path.read_bytes())
+
+
+def write_history(output: str, history: Sequence[Mapping[str, Any]]) -> None:
+    """The figures of all measurements as JSON, and as a picture where matplotlib is installed."""
+    target = storage.normal(output)
+    text = json.dumps(list(history), indent=1) + "\n"
+    try:
+        storage.write(storage.join(target, HISTORY), text.encode())
+        picture = curve(history)
+        if picture is not None:
+            storage.write(storage.join(target, CURVE), picture)
+    except StorageError as error:  # a missing picture is no reason to lose a training
+        logger.warning("history not written: %s", error)
+
+
+def best_of(history: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The measurement whose weights are kept: best score, then lowest loss; without scores the
+    last."""
+    if "score" not in history[-1]:
+        return history[-1]
+    return max(history, key=lambda entry: (entry["score"], -entry["dev_loss"]))
+
+
+def curve(history: Sequence[Mapping[str, Any]]) -> bytes | None:
+    """Losses and scores over the tokens trained on, as PNG; None without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    if not history:
+        return None
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    tokens = [entry["tokens"] / 1e6 for entry in history]
+    for place, title, prefixes in ((1, "loss", ("loss", "dev_loss")), (2, "score", ("score",))):
+        axes = figure.add_subplot(1, 2, place)
+        names = sorted({n for e in history for n in e if n.partition(".")[0] in prefixes})
+        tasks = sorted({n.partition(".")[2] for n in names} - {""}) or [""]
+        for name in names:
+            prefix, _, task = name.partition(".")
+            if len(tasks) > 1 and not task and prefix != "score":
+                continue  # the mean of losses of different kinds says little
+            axes.plot(
+                tokens,
+                [entry.get(name, float("nan")) for entry in history],
+                label=name,
+                color=f"C{tasks.index(task)}" if task in tasks else "black",
+                linestyle="--" if prefix == "loss" else "-",
+                marker=".",
+            )
+        axes.set(xlabel="million tokens", title=title)
+        axes.grid(alpha=0.3)
+        if names:
+            axes.legend(fontsize="small")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
