@@ -175,8 +175,7 @@ def choose(
 ) -> int:
     """Choose among several continuations of a premise in Parquet or JSONL shards.
 
-    Without flags: sample premises with the demo model, which learnt from 500 of them and hardly
-    does better than chance: it shows the columns.
+    Needs --model: no data at hand teaches a demo model to choose.
     """
     return _run(config, options or ChooseOptions(), columns or ChooseColumns())
 

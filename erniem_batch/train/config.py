@@ -28,7 +28,8 @@ class FinetuneConfig:
 
     Args:
         model: Model folder, its URL, org/name on the Hugging Face Hub, or "demo": what to start
-            from. A head it has already is trained on, if it has the same labels.
+            from; or the output of a training of several tasks. A head it has already is trained on,
+            if it has the same labels.
         train: Annotated Parquet or JSONL: files, folders, globs or URLs. See the README for the
             columns of each task.
         output: Folder or URL for the new model. Run again after an interruption, it goes on.
@@ -56,6 +57,7 @@ class FinetuneConfig:
         weight_decay: Of matrices.
         warmup: Share of the steps in which the learning rate rises.
         max_grad_norm: Longer gradients are shortened.
+        label_smoothing: classify: share of each target that is spread over all labels.
         dropout: Instead of the model's; 0 is faster and enough for few passes.
         task_weight: TASK=NUMBER: how much the loss of a task counts.
         dtype: Of the computation: bfloat16 and float16 (with loss scaling) keep float32 weights.
@@ -100,6 +102,7 @@ class FinetuneConfig:
     weight_decay: float = 0.01
     warmup: float = 0.06
     max_grad_norm: float = 1.0
+    label_smoothing: float = 0.0
     dropout: float | None = None
     task_weight: Many = ()
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -136,7 +139,7 @@ class FinetuneConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{_flag(name)} must be at least 1, got {value}")
-        for name in ("hold_out", "warmup", "join", "dropout"):
+        for name in ("hold_out", "warmup", "join", "label_smoothing", "dropout"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ConfigError(f"{_flag(name)} must be from 0 to below 1, got {value}")
@@ -170,11 +173,6 @@ class FinetuneConfig:
                 f"--task must be one of {', '.join(TASKS)}, or several separated by commas; {came}"
             )
         return list(dict.fromkeys(names))
-
-    @property
-    def start_task(self) -> str:
-        """Whose demo model is meant by `demo`: of several tasks only the encoder."""
-        return self.tasks[0] if len(self.tasks) == 1 else "embed"
 
     def inputs(self, task: str) -> list[str]:
         """Training data of a task."""

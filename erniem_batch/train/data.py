@@ -6,14 +6,17 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
-from erniem_batch.config import PredictorConfig
+from erniem_batch import storage
+from erniem_batch.config import DEMO, PredictorConfig
 from erniem_batch.errors import ConfigError
 from erniem_batch.evaluate.read import named_flag
 from erniem_batch.gold import Annotated, held_out, read_annotated
 from erniem_batch.model.config import ErnieMConfig
+from erniem_batch.model.fetch import STORAGE_SCHEMES, local_folder
 from erniem_batch.options import EmbedOptions
 from erniem_batch.predictor import Predictor
 from erniem_batch.records import FloatArray, Prediction
@@ -23,6 +26,9 @@ from erniem_batch.train.examples import DRAW, Drawing, Prompts, read_prompts
 from erniem_batch.train.plan import MicroBatch, Step, interleaved, micro_batches, steps_of
 
 logger = logging.getLogger(__name__)
+
+# Where a training of several tasks leaves what they share.
+ENCODER = "encoder"
 
 
 @dataclass(frozen=True)
@@ -41,19 +47,31 @@ class TaskData:
     problem_type: str | None = None
 
 
-def read_data(config: FinetuneConfig, model_config: ErnieMConfig) -> list[TaskData]:
+def start_folder(config: FinetuneConfig, task: str) -> Path:
+    """The model folder that a task starts from; of the output of a training of several tasks that
+    of the task, or else the encoder. `embed` stands for what all tasks share."""
+    scheme, _, _ = config.model.rpartition("://")
+    if config.model != DEMO and scheme in ("", *STORAGE_SCHEMES):
+        for name in (task, ENCODER):
+            folder = storage.join(storage.normal(config.model), name)
+            if storage.stat(storage.join(folder, "config.json")) is not None:
+                return local_folder(folder, task)
+    return local_folder(config.model, task)
+
+
+def read_data(config: FinetuneConfig) -> list[TaskData]:
     """All rows of all tasks.
 
     Raises:
         ConfigError: rows that cannot be read, or that do not go together.
     """
-    data = [_read_task(config, task, model_config) for task in config.tasks]
+    data = [_read_task(config, task) for task in config.tasks]
     if config.patience is not None and not any(item.dev for item in data):
         raise ConfigError("--patience needs rows to measure on: give --dev or --hold-out")
     return data
 
 
-def _read_task(config: FinetuneConfig, task: str, model_config: ErnieMConfig) -> TaskData:
+def _read_task(config: FinetuneConfig, task: str) -> TaskData:
     with named_flag("--train"):
         rows = read_annotated(task, config.inputs(task))
     dev_inputs = config.dev_inputs(task)
@@ -66,6 +84,7 @@ def _read_task(config: FinetuneConfig, task: str, model_config: ErnieMConfig) ->
         dev = [row for row, is_out in zip(rows, out, strict=True) if is_out]
     if not train:
         raise ConfigError(f"{task}: --hold-out {config.hold_out} leaves no rows to train on")
+    model_config = ErnieMConfig.from_pretrained(start_folder(config, task))
     labels, problem_type = labels_of(task, [*train, *dev], model_config)
     return TaskData(task, train, _first_rows(dev, config.dev_rows), labels, problem_type)
 

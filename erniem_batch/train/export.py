@@ -18,11 +18,11 @@ from erniem_batch.model.config import ErnieMConfig
 from erniem_batch.model.encoder import ErnieMModel
 from erniem_batch.text.tokenizer import ErnieMTokenizer
 from erniem_batch.train.config import FinetuneConfig
+from erniem_batch.train.data import ENCODER
 from erniem_batch.train.heads import SharedHeads, encoder_of
 
 logger = logging.getLogger(__name__)
 
-ENCODER = "encoder"
 # Such names are no part of a model, see `model.fetch`.
 HISTORY = "training_results.json"
 CURVE = "curve.png"

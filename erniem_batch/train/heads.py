@@ -63,10 +63,16 @@ class SharedHeads(nn.Module):
         assert isinstance(model, PreTrainedModel)
         return model
 
-    def loss(self, batch: MicroBatch, device: torch.device) -> Tensor:
-        """Sum of the losses over the targets of a batch (`MicroBatch.n_targets`)."""
+    def loss(self, batch: MicroBatch, device: torch.device, smoothing: float = 0.0) -> Tensor:
+        """Sum of the losses over the targets of a batch (`MicroBatch.n_targets`).
+
+        Args:
+            smoothing: share of the target of a class that is spread over all classes (classify).
+        """
         model = self[batch.task]
         input_ids = collate(batch, model.config.pad_token_id).to(device)
+        if batch.task == "classify":
+            return _class_loss(model, input_ids, batch, smoothing)
         return LOSSES[batch.task](model, input_ids, batch)
 
 
@@ -140,7 +146,7 @@ def _token_loss(model: Any, input_ids: Tensor, batch: MicroBatch) -> Tensor:
     return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
 
 
-def _class_loss(model: Any, input_ids: Tensor, batch: MicroBatch) -> Tensor:
+def _class_loss(model: Any, input_ids: Tensor, batch: MicroBatch, smoothing: float = 0.0) -> Tensor:
     """Cross entropy, binary cross entropy (mean over labels) or squared error over texts."""
     labels = _targets(batch, "labels", None, input_ids)
     logits = model(input_ids).logits.float()
@@ -150,7 +156,7 @@ def _class_loss(model: Any, input_ids: Tensor, batch: MicroBatch) -> Tensor:
     if kind == "multi_label_classification":
         losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
         return losses.mean(dim=1).sum()
-    return F.cross_entropy(logits, labels, reduction="sum")
+    return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
 
 
 def _choice_loss(model: Any, input_ids: Tensor, batch: MicroBatch) -> Tensor:

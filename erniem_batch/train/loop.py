@@ -20,10 +20,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from erniem_batch.model.config import ErnieMConfig
-from erniem_batch.model.fetch import local_folder
 from erniem_batch.text.tokenizer import ErnieMTokenizer
 from erniem_batch.train.config import FinetuneConfig
-from erniem_batch.train.data import TaskData, dev_batches, plan_training, prompts_of, read_data
+from erniem_batch.train.data import (
+    TaskData,
+    dev_batches,
+    plan_training,
+    prompts_of,
+    read_data,
+    start_folder,
+)
 from erniem_batch.train.dev import SCORES, measure
 from erniem_batch.train.examples import Prompts
 from erniem_batch.train.export import best_of, export, write_history
@@ -116,16 +122,16 @@ def train(config: FinetuneConfig, session: Session) -> Progress:
 
 def prepare(config: FinetuneConfig, session: Session) -> Training:
     """Data read, plan made, models built."""
-    folder = local_folder(config.model, config.start_task)
+    folder = start_folder(config, "embed")
     model_config = ErnieMConfig.from_pretrained(folder)
     tokenizer = ErnieMTokenizer.from_pretrained(folder)
-    data = read_data(config, model_config)
+    data = read_data(config)
     torch.manual_seed(config.seed)  # new heads
     heads = SharedHeads(
         {
             item.task: new_model(
                 item.task,
-                folder,
+                start_folder(config, item.task),
                 item.labels if item.task in ("ner", "classify") else (),
                 item.problem_type,
                 config.dropout,
@@ -214,7 +220,8 @@ def backward(training: Training, step: Step, number: int) -> dict[str, float]:
     for place, batch in share_of(step, session.rank, session.world_size):
         torch.manual_seed(_seed_of(config.seed, number, place))  # of dropout
         with _autocast(config, session.device):
-            loss = training.heads.loss(batch, session.device) / max(n_targets[batch.task], 1)
+            loss = training.heads.loss(batch, session.device, config.label_smoothing)
+            loss = loss / max(n_targets[batch.task], 1)
         sums[batch.task] += loss.item()
         weight = n_batches[batch.task] / len(step) * config.weight_of(batch.task)
         training.scaler.scale(loss * weight).backward()  # type: ignore[no-untyped-call]

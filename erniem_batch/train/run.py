@@ -17,9 +17,8 @@ from erniem_batch import storage
 from erniem_batch.errors import CheckpointError, ConfigError, JobError
 from erniem_batch.job.cluster import SPARE_CPUS, connect_to
 from erniem_batch.model.config import ErnieMConfig
-from erniem_batch.model.fetch import local_folder
 from erniem_batch.train.config import FinetuneConfig
-from erniem_batch.train.data import read_data
+from erniem_batch.train.data import read_data, start_folder
 from erniem_batch.train.export import CURVE, HISTORY, best_of
 
 logger = logging.getLogger(__name__)
@@ -110,8 +109,7 @@ def _finished(config: FinetuneConfig, output: str) -> FinetuneReport | None:
 
 def _check_input(config: FinetuneConfig) -> None:
     """Finds mistakes here rather than on every worker."""
-    folder = local_folder(config.model, config.start_task)
-    model_config = ErnieMConfig.from_pretrained(folder)
+    model_config = ErnieMConfig.from_pretrained(start_folder(config, "embed"))
     for task in config.tasks:
         if config.max_length_of(task) > model_config.max_tokens:
             raise ConfigError(
@@ -123,7 +121,7 @@ def _check_input(config: FinetuneConfig) -> None:
             f"--frozen-layers {config.frozen_layers}: the model has "
             f"{model_config.num_hidden_layers}"
         )
-    for item in read_data(config, model_config):
+    for item in read_data(config):
         logger.info(
             "read task=%s rows=%d kept_out=%d labels=%s",
             item.task,

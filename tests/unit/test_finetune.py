@@ -19,7 +19,12 @@ import torch.nn.functional as F
 from fakes import write_jsonl
 from safetensors.torch import load_file
 
-from erniem_batch import ErnieMConfig, ErnieMForTokenClassification, cli
+from erniem_batch import (
+    ErnieMConfig,
+    ErnieMForSequenceClassification,
+    ErnieMForTokenClassification,
+    cli,
+)
 from erniem_batch.config import PredictorConfig
 from erniem_batch.errors import ConfigError
 from erniem_batch.gold import annotated
@@ -47,6 +52,7 @@ from erniem_batch.train.data import (
     plan_training,
     prompts_of,
     read_data,
+    start_folder,
 )
 from erniem_batch.train.dev import SCORES
 from erniem_batch.train.examples import (
@@ -653,7 +659,7 @@ def _small(start, folder, tasks, n_rows=24, **values):
 
 
 def _plan(config, tokenizer, start):
-    data = read_data(config, ErnieMConfig.from_pretrained(start))
+    data = read_data(config)
     return data, plan_training(config, data, tokenizer, str(start))
 
 
@@ -740,7 +746,7 @@ def test_nothing_to_train_on(start, tokenizer, tmp_path):
 
 def test_rows_to_measure_on_are_never_joined_or_cropped(start, tokenizer, tmp_path):
     config = _small(start, tmp_path, ["ner", "qa"], join=0.9, crop=3)
-    data = read_data(config, ErnieMConfig.from_pretrained(start))
+    data = read_data(config)
     batches = dev_batches(config, data, tokenizer, str(start))
     assert [sum(len(b.examples) for b in batches if b.task == item.task) for item in data] == [
         len(item.dev) for item in data
@@ -773,12 +779,12 @@ def test_paragraphs_are_kept_out_whole_and_in_all_languages():
 
 def test_rows_to_measure_on(start, tmp_path):
     config = _small(start, tmp_path, ["ner"], 60, dev_rows=3)
-    (data,) = read_data(config, ErnieMConfig.from_pretrained(start))
+    (data,) = read_data(config)
     assert Counter(row.language for row in data.dev) == {"de": 3, "en": 3}
     assert len(data.train) < 60
     assert not {r.record.id for r in data.dev} & {r.record.id for r in data.train}
     dev = write_jsonl(tmp_path / "dev.jsonl", make_rows("ner", 6))
-    (data,) = read_data(replace(config, dev=(f"ner={dev}",)), ErnieMConfig.from_pretrained(start))
+    (data,) = read_data(replace(config, dev=(f"ner={dev}",)))
     assert (len(data.train), len(data.dev)) == (60, 5)
 
 
@@ -794,7 +800,7 @@ def test_rows_to_measure_on(start, tmp_path):
 def test_data_that_cannot_be_used(start, tmp_path, values, message):
     config = replace(_small(start, tmp_path, ["ner"]), task="ner", **values)
     with pytest.raises(ConfigError, match=message):
-        read_data(config, ErnieMConfig.from_pretrained(start))
+        read_data(config)
 
 
 def test_labels_of_heads(start):
@@ -1709,3 +1715,37 @@ def test_mistakes_are_found_before_the_work(small_run, tmp_path, values, message
         run.finetune(replace(config, **values))
     assert fits == []
     assert not (tmp_path / "out").exists()
+
+
+def test_the_output_of_several_tasks_can_be_trained_on(start, tmp_path, no_picture):
+    """With the heads it has, and for a new task with its encoder."""
+    tasks = ["ner", "classify"]
+    config = _small(start, tmp_path, tasks, 12, max_steps=2, evaluations=1)
+    _, output = _run(config, "first")
+    more = _small(start, tmp_path, [*tasks, "qa"], 12, max_steps=1, evaluations=1)
+    more = replace(more, model=str(output))
+    assert [start_folder(more, task).name for task in (*tasks, "qa", "embed")] == [
+        "ner",
+        "classify",
+        "encoder",
+        "encoder",
+    ]
+    training = loop.prepare(more, LocalSession(tmp_path / "unused"))
+    heads = {"ner": ErnieMForTokenClassification, "classify": ErnieMForSequenceClassification}
+    for task, cls in heads.items():
+        before = cls.from_pretrained(output / task).classifier.weight
+        assert torch.equal(training.heads[task].classifier.weight, before)
+
+
+def test_label_smoothing_spreads_the_target(start, tmp_path, tokenizer):
+    config = _small(start, tmp_path, ["classify"], 12)
+    training = loop.prepare(config, LocalSession(tmp_path / "unused"))
+    batch = training.steps[0][0]
+    model = training.heads.eval()["classify"]
+    with torch.no_grad():
+        logits = model(collate(batch, 1)).logits.log_softmax(-1)
+        labels = torch.tensor([example.targets["labels"] for example in batch.examples])
+        right = -logits[torch.arange(len(labels)), labels].sum()
+        expected = 0.8 * right - 0.2 * logits.mean(dim=1).sum()
+        found = training.heads.loss(batch, torch.device("cpu"), 0.2)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
