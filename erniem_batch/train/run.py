@@ -253,7 +253,7 @@ def _work(arguments: dict[str, Any]) -> None:
     from erniem_batch.train.session import RaySession
 
     configure_logging()
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    _quiet_reports()
     torch.set_num_threads(arguments["threads"])
     config: FinetuneConfig = arguments["config"]
     refused = storage.join(storage.normal(config.output), REFUSED)
@@ -267,6 +267,15 @@ def _work(arguments: dict[str, Any]) -> None:
         storage.write(refused, str(error).encode())
         if config.workers > 1:
             raise
+
+
+def _quiet_reports() -> None:
+    """Without Ray's own line for each report, which says all figures once more."""
+    try:
+        from ray.train.v2._internal.execution import context
+    except ImportError:  # of another version of Ray: the lines stay
+        return
+    context.logger.setLevel(logging.WARNING)
 
 
 def _lost(error: Exception) -> JobError:
