@@ -1,7 +1,8 @@
 """What a predictor may be told, checked when it is made: mistakes are found at the start."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
 from erniem_batch.errors import ConfigError
 from erniem_batch.options import NerOptions, Options
@@ -69,6 +70,13 @@ class PredictorConfig:
         """`max_batch_tokens`, or its default on a device; a window always fits."""
         default = DEFAULT_BATCH_TOKENS.get(device_type, DEFAULT_BATCH_TOKENS["cpu"])
         return self.max_batch_tokens or max(default, self.window_tokens)
+
+    def within(self, max_tokens: int) -> Self:
+        """The same with windows that a model of so many tokens holds."""
+        if max_tokens >= self.window_tokens:
+            return self
+        overlap = min(self.overlap_tokens, max_tokens // 4)
+        return replace(self, window_tokens=max_tokens, overlap_tokens=overlap)
 
     @property
     def task(self) -> str:

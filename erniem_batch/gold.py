@@ -28,8 +28,7 @@ import pyarrow.parquet as pq
 from erniem_batch import storage
 from erniem_batch.errors import ConfigError, RecordError
 from erniem_batch.job.chunks import CONTENT_ERRORS
-from erniem_batch.job.jsonl import open_jsonl
-from erniem_batch.job.jsonl import parse_line as parse_json
+from erniem_batch.job.jsonl import open_jsonl, parse_line
 from erniem_batch.job.units import SourceFile, files_of, find_files
 from erniem_batch.labels import Span, labels_to_spans
 from erniem_batch.records import Record
@@ -147,7 +146,7 @@ def _rows_of(file: SourceFile) -> Iterator[dict[str, Any] | RecordError]:
         for line in lines:
             if line.strip():
                 try:
-                    yield parse_json(line)
+                    yield parse_line(line)
                 except RecordError as error:
                     yield error
 
@@ -159,7 +158,7 @@ def annotated(task: str, row: Mapping[str, Any], default_id: str = "") -> Annota
         RecordError: it is not; says what was expected and what came.
     """
     row = {name: _loaded(name, value) for name, value in row.items()}
-    language = next((row[c] for c in LANGUAGE_COLUMNS if isinstance(row.get(c), str)), "")
+    language = language_of(row)
     id_ = row.get("id")
     text, fields, gold = READERS[task](row)
     if language:
@@ -168,20 +167,26 @@ def annotated(task: str, row: Mapping[str, Any], default_id: str = "") -> Annota
     return Annotated(record, language, gold, row)
 
 
+def language_of(row: Mapping[str, Any]) -> str:
+    """The language of a row; "" where it is unknown."""
+    return next((row[c] for c in LANGUAGE_COLUMNS if isinstance(row.get(c), str)), "")
+
+
 def held_out(rows: Sequence[Annotated], share: float) -> list[bool]:
     """Which rows are kept out of the training, by a hash: of the id, so that translations with the
     same id stay together; of questions by the smallest id of their context."""
+    together = [
+        row.record.text if "question" in row.record.fields else row.record.id for row in rows
+    ]
     smallest: dict[str, str] = {}
-    for row in rows:
-        context = row.record.text if "question" in row.record.fields else row.record.id
-        smallest[context] = min(smallest.get(context, row.record.id), row.record.id)
+    for name, row in zip(together, rows, strict=True):
+        smallest[name] = min(smallest.get(name, row.record.id), row.record.id)
 
-    def is_out(row: Annotated) -> bool:
-        context = row.record.text if "question" in row.record.fields else row.record.id
-        digest = hashlib.sha256(smallest[context].encode()).hexdigest()
+    def is_out(name: str) -> bool:
+        digest = hashlib.sha256(smallest[name].encode()).hexdigest()
         return int(digest[:8], 16) < share * 2**32
 
-    return [is_out(row) for row in rows]
+    return [is_out(name) for name in together]
 
 
 # ---- forms ------------------------------------------------------------------------------------
@@ -336,8 +341,7 @@ def _from_tags(row: Mapping[str, Any]) -> tuple[str, list[Span]]:
     unknown = next((i for i, tag in enumerate(tags) if not _TAG.fullmatch(tag)), None)
     if unknown is not None:  # "PER" would be read as O
         raise RecordError(f"tags[{unknown}]: expected O, or a name behind B-, I-, E-, S-, L- or U-")
-    language = next((row[c] for c in LANGUAGE_COLUMNS if isinstance(row.get(c), str)), "")
-    space = "" if language in WRITTEN_WITHOUT_SPACES else " "
+    space = "" if language_of(row) in WRITTEN_WITHOUT_SPACES else " "
     text = row["text"] if isinstance(row.get("text"), str) else space.join(tokens)
     offsets, at = [], 0
     for i, token in enumerate(tokens):

@@ -16,6 +16,12 @@ from erniem_batch.text.offsets import OFFSET_UNITS
 from erniem_batch.text.schema import Schema, parse_schema, read_schema
 from erniem_batch.thresholds import Thresholds, read_thresholds
 
+
+def flag_name(name: str) -> str:
+    """The flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
 # What the command line takes is text; from Python also a mapping.
 MinScore = Annotated[float | str | None, Parameter(negative=())]
 OffsetUnit = Literal["codepoint", "utf16", "byte"]

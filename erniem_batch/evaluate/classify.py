@@ -10,7 +10,14 @@ from erniem_batch.errors import ConfigError
 from erniem_batch.evaluate.calibration import expected_error
 from erniem_batch.evaluate.libraries import library
 from erniem_batch.evaluate.measure import Array, Index, Measure, f1, macro_f1, pearson, share
-from erniem_batch.evaluate.scorers import Figures, Scorer, booleans, known, rows_or_all
+from erniem_batch.evaluate.scorers import (
+    Figures,
+    Scorer,
+    booleans,
+    known,
+    missed_and_wrong,
+    rows_or_all,
+)
 from erniem_batch.gold import Annotated
 
 NOTHING = -1
@@ -182,8 +189,7 @@ class LabelsScorer(Scorer):
 
     def detail(self, i: int) -> dict[str, Any]:
         """Labels that were missed, and those that are wrong."""
-        missed, wrong = sorted(self.true[i] - self.found[i]), sorted(self.found[i] - self.true[i])
-        return {"right": not missed and not wrong, "missed": missed, "wrong": wrong}
+        return missed_and_wrong(self.true[i], self.found[i])
 
 
 class NumberScorer(Scorer):

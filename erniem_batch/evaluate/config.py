@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from erniem_batch.config import PredictorConfig
 from erniem_batch.errors import ConfigError
-from erniem_batch.options import MinScore, options_of
+from erniem_batch.options import MinScore, flag_name, options_of
 from erniem_batch.thresholds import Thresholds, read_thresholds
 
 TUNABLE = ("ner", "classify", "extract")
@@ -95,8 +95,9 @@ class EvaluateConfig:
         self._source()
         for name, minimum in (("bootstrap", 0), ("min_support", 1)):
             if getattr(self, name) < minimum:
-                flag = "--" + name.replace("_", "-")
-                raise ConfigError(f"{flag} must be at least {minimum}, got {getattr(self, name)}")
+                raise ConfigError(
+                    f"{flag_name(name)} must be at least {minimum}, got {getattr(self, name)}"
+                )
         if self.hold_out is not None and not (self.gold and 0 < self.hold_out < 1):
             raise ConfigError(
                 f"--hold-out takes a share from 0 to 1 of the rows in --gold, got {self.hold_out}"

@@ -5,8 +5,8 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from erniem_batch.evaluate.measure import Index, Measure, f1
-from erniem_batch.evaluate.ner import figures_by_label, span_counts, span_detail, span_figures
-from erniem_batch.evaluate.scorers import Figures, Scorer
+from erniem_batch.evaluate.ner import figures_by_label, span_counts, span_figures
+from erniem_batch.evaluate.scorers import Figures, Scorer, missed_and_wrong
 from erniem_batch.evaluate.values import FoundItem
 from erniem_batch.gold import Annotated, Facts
 from erniem_batch.labels import Span
@@ -81,9 +81,9 @@ class ExtractScorer(Scorer):
 
     def detail(self, i: int) -> dict[str, Any]:
         """What was missed and what is wrong."""
-        found = span_detail(self.gold_spans[i], self.found_spans[i])
+        found = missed_and_wrong(self.gold_spans[i], self.found_spans[i])
         if self.has_relations:
-            inner = span_detail(self.gold_relations[i], self.found_relations[i])
+            inner = missed_and_wrong(self.gold_relations[i], self.found_relations[i])
             found = {
                 "right": found["right"] and inner["right"],
                 **{name: [*found[name], *inner[name]] for name in ("missed", "wrong")},

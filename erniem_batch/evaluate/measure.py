@@ -39,16 +39,6 @@ def f1(sums: Array) -> Array:
     return _ratio(2 * correct, gold + predicted)
 
 
-def precision(sums: Array) -> Array:
-    """From columns gold, predicted, correct; 0 where nothing is predicted."""
-    return _ratio(sums[..., 2], sums[..., 1])
-
-
-def recall(sums: Array) -> Array:
-    """From columns gold, predicted, correct; 0 where there is no gold."""
-    return _ratio(sums[..., 2], sums[..., 0])
-
-
 def share(sums: Array) -> Array:
     """From columns right (or a sum) and number; nan where there is none."""
     return _ratio(sums[..., 0], sums[..., 1], np.nan)

@@ -9,16 +9,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from erniem_batch.evaluate.libraries import library
-from erniem_batch.evaluate.measure import (
-    Array,
-    Index,
-    Measure,
-    f1,
-    precision,
-    recall,
-)
-from erniem_batch.evaluate.scorers import Figures, Scorer, rows_or_all
+from erniem_batch.evaluate.measure import Array, Index, Measure, f1
+from erniem_batch.evaluate.scorers import Figures, Scorer, missed_and_wrong, rows_or_all
 from erniem_batch.labels import Span, spans_to_labels
+from erniem_batch.metrics import SpanScores
 
 
 class NerScorer(Scorer):
@@ -89,7 +83,7 @@ class NerScorer(Scorer):
 
     def detail(self, i: int) -> dict[str, Any]:
         """Spans that were missed, and those that are wrong."""
-        return span_detail(self.gold_spans[i], self.found_spans[i])
+        return missed_and_wrong(self.gold_spans[i], self.found_spans[i])
 
 
 def cut_tokens(text: str, spans: Iterable[Span]) -> list[tuple[int, int]]:
@@ -142,13 +136,13 @@ def span_counts(gold: Sequence[set[Any]], found: Sequence[set[Any]]) -> Array:
 
 def span_figures(measure: Measure, prefix: str = "") -> Figures:
     """Precision, recall, F1 and numbers of a measure with the columns of `span_counts`."""
-    sums = measure.counts.sum(axis=0)
+    scores = SpanScores(*measure.counts.sum(axis=0).astype(int).tolist())
     return {
-        f"{prefix}precision": float(precision(sums)),
-        f"{prefix}recall": float(recall(sums)),
-        f"{prefix}f1": float(f1(sums)),
-        f"n_{prefix}gold": int(sums[0]),
-        f"n_{prefix}predicted": int(sums[1]),
+        f"{prefix}precision": scores.precision,
+        f"{prefix}recall": scores.recall,
+        f"{prefix}f1": scores.f1,
+        f"n_{prefix}gold": scores.n_gold,
+        f"n_{prefix}predicted": scores.n_predicted,
     }
 
 
@@ -164,9 +158,3 @@ def figures_by_label(
         label: span_figures(Measure(np.array([[n[label] for n in numbers]], np.float64), f1))
         for label in sorted({*numbers[0], *numbers[1]})
     }
-
-
-def span_detail(gold: set[Any], found: set[Any]) -> dict[str, Any]:
-    """What was missed and what is wrong, sorted."""
-    missed, wrong = sorted(gold - found), sorted(found - gold)
-    return {"right": not missed and not wrong, "missed": missed, "wrong": wrong}

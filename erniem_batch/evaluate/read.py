@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from erniem_batch import storage
 from erniem_batch.errors import ConfigError, RecordError
 from erniem_batch.evaluate.values import value_of
-from erniem_batch.gold import LANGUAGE_COLUMNS, Annotated, annotated, rows_of
+from erniem_batch.gold import Annotated, annotated, language_of, rows_of
 from erniem_batch.job.jsonl import parse_line
 from erniem_batch.job.manifest import MANIFEST, read_manifest
 from erniem_batch.job.units import SourceFile, files_of, find_files
@@ -229,11 +229,6 @@ def _keys(gold: Sequence[Annotated]) -> tuple[list[Key], Callable[[Row], Key]]:
     both: list[Key] = [(row.record.id, row.language) for row in gold]
     _require_once(both, "--gold")
     return both, lambda row: (str(row["id"]), language_of(row))
-
-
-def language_of(row: Row) -> str:
-    """The language of a row; "" where it is unknown."""
-    return next((row[c] for c in LANGUAGE_COLUMNS if isinstance(row.get(c), str)), "")
 
 
 def _require_once(keys: Sequence[Key], where: str) -> None:

@@ -108,6 +108,12 @@ def rows_or_all(rows: Index | None, n: int) -> Index:
     return np.arange(n) if rows is None else rows
 
 
+def missed_and_wrong(gold: set[Any], found: set[Any]) -> dict[str, Any]:
+    """What of a row was missed and what is wrong, sorted."""
+    missed, wrong = sorted(gold - found), sorted(found - gold)
+    return {"right": not missed and not wrong, "missed": missed, "wrong": wrong}
+
+
 def booleans(values: Sequence[bool]) -> Array:
     """Columns right and number of a share."""
     right: npt.NDArray[np.float64] = np.array(values, dtype=np.float64)

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from erniem_batch.errors import ConfigError
 from erniem_batch.job.units import Unit
+from erniem_batch.options import flag_name
 from erniem_batch.records import Failure
 
 CHUNK_ROWS = 2048
@@ -121,7 +122,7 @@ def require_no_clash(schema: pa.Schema, added: Sequence[str]) -> None:
 
 def flag_of(name: str) -> str:
     """The flag that says which column something is in."""
-    return f"--{name.replace('_', '-')}-column"
+    return flag_name(f"{name}_column")
 
 
 def no_column(column: str, names: Sequence[str], where: str, flag: str = "--text-column") -> str:

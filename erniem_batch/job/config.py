@@ -16,6 +16,7 @@ from erniem_batch.options import (
     ExtractOptions,
     NerOptions,
     Options,
+    flag_name,
 )
 
 # Columns that every job adds to those of the input, beside those of its task.
@@ -110,7 +111,7 @@ class JobConfig:
         for name, minimum in (("limit", 1), ("unit_bytes", 1), ("num_cpus_per_actor", 1)):
             value = getattr(self, name)
             if value is not None and value < minimum:
-                raise ConfigError(f"{_flag(name)} must be at least {minimum}, got {value}")
+                raise ConfigError(f"{flag_name(name)} must be at least {minimum}, got {value}")
         gpus = self.num_gpus_per_actor
         if not (0 <= gpus < 1 or (gpus >= 1 and float(gpus).is_integer())):
             raise ConfigError(
@@ -219,7 +220,3 @@ class JobConfig:
     def bytes_per_unit(self) -> int:
         """`unit_bytes`, or its default for the device."""
         return self.unit_bytes or (16 << 20 if self.num_gpus_per_actor else 1 << 20)
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from cyclopts import Parameter
 
 from erniem_batch.errors import ConfigError
-from erniem_batch.options import TASKS
+from erniem_batch.options import TASKS, flag_name
 
 Many = Annotated[tuple[str, ...], Parameter(negative=(), consume_multiple=True)]
 
@@ -133,27 +133,27 @@ class FinetuneConfig:
         ):
             if not low <= getattr(self, name) < math.inf:
                 raise ConfigError(
-                    f"{_flag(name)} must be at least {low}, got {getattr(self, name)}"
+                    f"{flag_name(name)} must be at least {low}, got {getattr(self, name)}"
                 )
         for name in ("max_steps", "num_cpus_per_worker", "patience", "crop"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"{_flag(name)} must be at least 1, got {value}")
+                raise ConfigError(f"{flag_name(name)} must be at least 1, got {value}")
         for name in ("hold_out", "warmup", "join", "label_smoothing", "dropout"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
-                raise ConfigError(f"{_flag(name)} must be from 0 to below 1, got {value}")
+                raise ConfigError(f"{flag_name(name)} must be from 0 to below 1, got {value}")
         if not 0 < self.layer_decay <= 1:
             raise ConfigError(
                 f"--layer-decay must be above 0 and at most 1, got {self.layer_decay}"
             )
         for name in ("learning_rate", "head_rate", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{_flag(name)} must be above 0, got {getattr(self, name)}")
+                raise ConfigError(f"{flag_name(name)} must be above 0, got {getattr(self, name)}")
         for name in ("train", "dev", "epochs", "max_length", "task_weight"):
             for value in getattr(self, name):
                 if _split(value)[0] not in (None, *self.tasks):
-                    raise ConfigError(f"{_flag(name)} {value}: --task does not name this task")
+                    raise ConfigError(f"{flag_name(name)} {value}: --task does not name this task")
         for task in self.tasks:  # they check themselves
             _ = self.inputs(task), self.epochs_of(task), self.max_length_of(task)
             _ = self.weight_of(task)
@@ -252,7 +252,7 @@ class FinetuneConfig:
             return default
         number = _as_number(found[-1])
         if number is None or number <= 0:
-            raise ConfigError(f"{_flag(name)} must be a number above 0, got {found[-1]!r}")
+            raise ConfigError(f"{flag_name(name)} must be a number above 0, got {found[-1]!r}")
         return number
 
 
@@ -277,7 +277,3 @@ def _as_number(value: str) -> float | None:
     except ValueError:
         return None
     return number if math.isfinite(number) else None
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -5,7 +5,7 @@ import logging
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,7 @@ class TaskData:
     Attributes:
         labels: of the head, in its order; none where the head has no labels.
         problem_type: of classification.
+        prompts: of extraction.
     """
 
     task: str
@@ -45,6 +46,7 @@ class TaskData:
     dev: Sequence[Annotated]
     labels: Sequence[str]
     problem_type: str | None = None
+    prompts: Prompts = field(default_factory=Prompts)
 
 
 def start_folder(config: FinetuneConfig, task: str) -> Path:
@@ -86,7 +88,9 @@ def _read_task(config: FinetuneConfig, task: str) -> TaskData:
         raise ConfigError(f"{task}: --hold-out {config.hold_out} leaves no rows to train on")
     model_config = ErnieMConfig.from_pretrained(start_folder(config, task))
     labels, problem_type = labels_of(task, [*train, *dev], model_config)
-    return TaskData(task, train, _first_rows(dev, config.dev_rows), labels, problem_type)
+    prompts = prompts_of(config) if task == "extract" else Prompts()
+    rows_to_measure = _first_rows(dev, config.dev_rows)
+    return TaskData(task, train, rows_to_measure, labels, problem_type, prompts)
 
 
 def _first_rows(rows: Sequence[Annotated], limit: int) -> list[Annotated]:
@@ -219,7 +223,7 @@ def _drawing(config: FinetuneConfig, data: TaskData) -> Drawing:
         labels=data.labels,
         join=config.join,
         negatives=config.negatives,
-        prompts=prompts_of(config),
+        prompts=data.prompts,
         crop=config.crop,
     )
 
@@ -239,8 +243,6 @@ def prompts_of(config: FinetuneConfig) -> Prompts:
         return Prompts()
     import yaml
 
-    from erniem_batch import storage
-
     data = storage.read(storage.normal(config.prompts))
     if data is None:
         raise ConfigError(f"--prompts: there is no file {config.prompts}")
@@ -259,13 +261,11 @@ def _vectors(teacher: str, rows: Sequence[Annotated]) -> FloatArray:
     """
     config = PredictorConfig(model=teacher, options=EmbedOptions())
     limit = ErnieMConfig.from_pretrained(config.model_folder).max_tokens
-    if limit < config.window_tokens:
-        overlap = min(config.overlap_tokens, limit // 4)
-        config = replace(config, window_tokens=limit, overlap_tokens=overlap)
-    predictor = Predictor.load(config)
+    predictor = Predictor.load(config.within(limit))
     vectors = []
     for row, outcome in zip(rows, predictor.predict([r.record for r in rows]), strict=True):
         if not isinstance(outcome, Prediction):
             raise ConfigError(f"embed: row {row.record.id}: {outcome.reason}")
         vectors.append(outcome.value)
+    predictor.close()
     return np.array(vectors, dtype=np.float32)

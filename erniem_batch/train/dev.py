@@ -51,14 +51,11 @@ def measure(
 ) -> Quotient:
     """Score of a model on some rows: span F1 (ner, extract), accuracy (classify, choose), F1 of
     words (qa). Leaves the model in evaluation mode."""
-    limit = min(512, model.config.max_tokens)
     config = PredictorConfig(
         options=OPTIONS[task],
-        window_tokens=limit,
-        overlap_tokens=min(PredictorConfig.overlap_tokens, limit // 4),
-        max_batch_tokens=max(max_batch_tokens, limit),
+        max_batch_tokens=max(max_batch_tokens, PredictorConfig.window_tokens),
         device=str(next(model.parameters()).device),
-    )
+    ).within(model.config.max_tokens)
     predictor = Predictor(config, tokenizer, model, make_task(config, tokenizer, model.config))
     records = [row.record for row in rows]
     names = [_names(row, prompts, labels) for row in rows] if task == "extract" else []

@@ -42,32 +42,23 @@ def export(
     before = ErnieMConfig.from_pretrained(start)
     if config.storage == "float16":
         heads.half()
+    stored = "int8" if config.storage == "int8" else None
     tasks = list(heads.models)
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for task in tasks:
             _reset_dropout(heads[task], before)
         if len(tasks) == 1:
-            _save(heads[tasks[0]], folder, config)
+            heads[tasks[0]].save_pretrained(folder, storage=stored)
             tokenizer.save_pretrained(folder)
         else:
-            _save(_encoder_of(heads[tasks[0]]), folder / ENCODER, config)
+            _encoder_of(heads[tasks[0]]).save_pretrained(folder / ENCODER, storage=stored)
             tokenizer.save_pretrained(folder / ENCODER)
             for task in tasks:
                 if task != "embed":
-                    save_overlay(
-                        heads[task], folder / task, folder / ENCODER, **_storage_of(config)
-                    )
+                    save_overlay(heads[task], folder / task, folder / ENCODER, storage=stored)
         _upload(folder, config.output)
     logger.info("saved output=%s", config.output)
-
-
-def _save(model: PreTrainedModel, folder: Path, config: FinetuneConfig) -> None:
-    model.save_pretrained(folder, **_storage_of(config))
-
-
-def _storage_of(config: FinetuneConfig) -> dict[str, Any]:
-    return {"storage": "int8"} if config.storage == "int8" else {}
 
 
 def _reset_dropout(model: PreTrainedModel, before: ErnieMConfig) -> None:

@@ -26,12 +26,10 @@ from erniem_batch.train.data import (
     TaskData,
     dev_batches,
     plan_training,
-    prompts_of,
     read_data,
     start_folder,
 )
 from erniem_batch.train.dev import SCORES, measure
-from erniem_batch.train.examples import Prompts
 from erniem_batch.train.export import best_of, export, write_history
 from erniem_batch.train.heads import (
     Rates,
@@ -73,15 +71,21 @@ class Progress:
         step: steps done.
         history: one mapping a measurement: step, tokens, loss, dev_loss, score, and loss and
             score of each task.
-        best_step: of the best measurement.
-        stale: measurements since then.
     """
 
     step: int = 0
     tokens: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
-    best_step: int = 0
-    stale: int = 0
+
+    @property
+    def best_step(self) -> int:
+        """Step of the best measurement."""
+        return int(best_of(self.history)["step"]) if self.history else 0
+
+    @property
+    def stale(self) -> int:
+        """Measurements since the best one."""
+        return sum(entry["step"] > self.best_step for entry in self.history)
 
 
 @dataclass
@@ -93,7 +97,6 @@ class Training:
     folder: Path
     tokenizer: ErnieMTokenizer
     data: Sequence[TaskData]
-    prompts: Prompts
     steps: Sequence[Step]
     dev: Sequence[MicroBatch]
     heads: SharedHeads
@@ -153,7 +156,6 @@ def prepare(config: FinetuneConfig, session: Session) -> Training:
         folder=folder,
         tokenizer=tokenizer,
         data=data,
-        prompts=prompts_of(config),
         steps=plan_training(config, data, tokenizer, str(folder)),
         dev=dev_batches(config, data, tokenizer, str(folder)),
         heads=heads,
@@ -181,6 +183,7 @@ def run_steps(training: Training) -> None:
     scaler = training.scaler
     watch = _Watch(training)
     measured_at = _measurements(len(training.steps), config.evaluations)
+    parameters = list(_trained(training.heads).values())
     training.heads.train()
     while progress.step < len(training.steps) and not _is_stale(config, progress):
         step = training.steps[progress.step]
@@ -188,7 +191,6 @@ def run_steps(training: Training) -> None:
         for group in training.optimizer.param_groups:
             group["lr"] = group["peak"] * scale
         losses = backward(training, step, progress.step)
-        parameters = list(_trained(training.heads).values())
         scaler.unscale_(training.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         scaler.step(training.optimizer)
@@ -350,10 +352,7 @@ def _measure_and_save(training: Training, watch: _Watch) -> None:
     }
     progress.history.append(entry)
     if best_of(progress.history) is entry:
-        progress.best_step, progress.stale = progress.step, 0
         training.best = {n: p.detach().cpu().clone() for n, p in _trained(training.heads).items()}
-    else:
-        progress.stale += 1
     figures = {key: round(v, 4) if isinstance(v, float) else v for key, v in entry.items()}
     if session.rank == 0:
         logger.info("measured %s", " ".join(f"{key}={value}" for key, value in figures.items()))
@@ -384,7 +383,7 @@ def evaluate(training: Training) -> dict[str, float]:
                 training.heads[item.task],
                 training.tokenizer,
                 rows,
-                training.prompts,
+                item.prompts,
                 item.labels,
                 config.max_batch_tokens,
             )

@@ -5,9 +5,8 @@ run makes the same plan without asking anybody.
 """
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 from erniem_batch.model.heads import IGNORED_LABEL
 from erniem_batch.train.examples import Example
@@ -82,13 +81,7 @@ def interleaved(streams: Mapping[str, Sequence[MicroBatch]]) -> list[MicroBatch]
 
 def steps_of(batches: Sequence[MicroBatch], size: int) -> list[Step]:
     """Batches in groups of `size`; after each group the weights change."""
-    waiting = iter(batches)
-    return list(_groups(waiting, size))
-
-
-def _groups(waiting: Iterator[MicroBatch], size: int) -> Iterator[Step]:
-    while group := tuple(islice(waiting, size)):
-        yield group
+    return [tuple(batches[i : i + size]) for i in range(0, len(batches), size)]
 
 
 def share_of(step: Step, rank: int, world_size: int) -> list[tuple[int, MicroBatch]]:

@@ -17,6 +17,7 @@ from erniem_batch import storage
 from erniem_batch.errors import CheckpointError, ConfigError, JobError
 from erniem_batch.job.cluster import SPARE_CPUS, connect_to
 from erniem_batch.model.config import ErnieMConfig
+from erniem_batch.options import flag_name
 from erniem_batch.train.config import FinetuneConfig
 from erniem_batch.train.data import read_data, start_folder
 from erniem_batch.train.export import CURVE, HISTORY, best_of
@@ -169,7 +170,7 @@ def _require_same(config: FinetuneConfig, before: Mapping[str, Any]) -> None:
     now = json.loads(_as_json(config.settings()))
     changed = sorted(name for name in now if now[name] != before.get(name))
     if changed:
-        flags = ", ".join("--" + name.replace("_", "-") for name in changed)
+        flags = ", ".join(map(flag_name, changed))
         raise ConfigError(
             f"--output {config.output} holds a training with other settings ({flags}): use those, "
             f"choose another folder, or --overwrite"
