@@ -175,7 +175,7 @@ def choose(
 ) -> int:
     """Choose among several continuations of a premise in Parquet or JSONL shards.
 
-    Needs --model: no data at hand teaches a demo model to choose.
+    Without flags: sample premises with the demo model, which had little to learn this from.
     """
     return _run(config, options or ChooseOptions(), columns or ChooseColumns())
 

@@ -37,8 +37,6 @@ class Options:
     output_columns: ClassVar[tuple[str, ...]]
     # What the report counts.
     noun: ClassVar[str]
-    # Whether the package comes with a model that can do this.
-    has_demo: ClassVar[bool] = True
 
     def resolved(self) -> Self:
         """The same with files read, ready to travel."""
@@ -178,7 +176,6 @@ class ChooseOptions(Options):
     task: ClassVar[str] = "choose"
     output_columns: ClassVar[tuple[str, ...]] = ("predicted_choice", "choice_scores")
     noun: ClassVar[str] = "choices"
-    has_demo: ClassVar[bool] = False
 
     min_score: MinScore = None
     pooling: Pooling = "mean"
@@ -379,18 +376,9 @@ DEMO_FOLDER = Path(__file__).parent / "demo"
 
 
 def demo_model(task: str) -> Path:
-    """The model folder that comes with the package for a task.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if not OPTIONS[task].has_demo:
-        raise ConfigError(
-            f"there is no demo model for {task}, since no data at hand teaches it: give your own "
-            f"with --model"
-        )
-    own = DEMO_FOLDER / task
-    return own if own.is_dir() else DEMO_FOLDER / "model"
+    """The model folder that comes with the package for a task: a head, which lies over the encoder,
+    or the encoder itself."""
+    return DEMO_FOLDER / ("encoder" if task == "embed" else task)
 
 
 def demo_data(task: str) -> Path:

@@ -233,7 +233,9 @@ def _with_vectors(
 ) -> Drawing:
     """The same, of embed with the vectors of the teacher."""
     return (
-        replace(how, vectors=_vectors(config.teacher or folder, rows)) if task == "embed" else how
+        replace(how, vectors=_vectors(config.teacher or folder, config.dtype, rows))
+        if task == "embed"
+        else how
     )
 
 
@@ -253,13 +255,14 @@ def prompts_of(config: FinetuneConfig) -> Prompts:
     return read_prompts(content, f"--prompts {config.prompts}")
 
 
-def _vectors(teacher: str, rows: Sequence[Annotated]) -> FloatArray:
-    """What each text should become, (rows, hidden): its mean vector by the teacher.
+def _vectors(teacher: str, dtype: str, rows: Sequence[Annotated]) -> FloatArray:
+    """What each text should become, (rows, hidden): its mean vector by the teacher, which computes
+    in `dtype` too.
 
     Raises:
         ConfigError: a text that the teacher cannot read.
     """
-    config = PredictorConfig(model=teacher, options=EmbedOptions())
+    config = PredictorConfig(model=teacher, dtype=dtype, options=EmbedOptions())
     limit = ErnieMConfig.from_pretrained(config.model_folder).max_tokens
     predictor = Predictor.load(config.within(limit))
     vectors = []

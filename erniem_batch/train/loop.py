@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from erniem_batch.model.config import ErnieMConfig
 from erniem_batch.text.tokenizer import ErnieMTokenizer
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "state.pt"
 LOG_SECONDS = 10.0
+LONGEST_PLAIN_ATTENTION = 256  # tokens, see tests/benchmarks/finetune.py
 
 
 class Session(Protocol):
@@ -221,7 +223,7 @@ def backward(training: Training, step: Step, number: int) -> dict[str, float]:
     sums = dict.fromkeys(n_targets, 0.0)
     for place, batch in share_of(step, session.rank, session.world_size):
         torch.manual_seed(_seed_of(config.seed, number, place))  # of dropout
-        with _autocast(config, session.device):
+        with _autocast(config, session.device), _attention_kernel(config, session.device, batch):
             loss = training.heads.loss(batch, session.device, config.label_smoothing)
             loss = loss / max(n_targets[batch.task], 1)
         sums[batch.task] += loss.item()
@@ -281,12 +283,25 @@ def _autocast(config: FinetuneConfig, device: torch.device) -> AbstractContextMa
     return torch.autocast(device.type, dtype=getattr(torch, config.dtype))
 
 
+def _attention_kernel(
+    config: FinetuneConfig, device: torch.device, batch: MicroBatch
+) -> AbstractContextManager[Any]:
+    """Plain matrix products where they are faster: torch's fused attention on CPU has a slow
+    gradient in half precision, which over short texts takes more time than all the rest."""
+    longest = max(example.longest for example in batch.examples)
+    if device.type != "cpu" or config.dtype == "float32" or longest > LONGEST_PLAIN_ATTENTION:
+        return nullcontext()
+    return sdpa_kernel(SDPBackend.MATH)
+
+
 @contextmanager
 def _deterministic() -> Iterator[None]:
     """The same figures every time, on a GPU too, where only few operations cannot."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # Nothing here reads memory before it is written; filling all of it takes a tenth of the time.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:

@@ -254,7 +254,6 @@ def test_every_task_has_its_flags(run, monkeypatch, arguments, options, text_col
     ("arguments", "message"),
     [
         (("extract", "--input", "a", "--output", "o"), "--schema is needed, or --schema-column"),
-        (("choose",), "there is no demo model for choose"),
         (("classify", "--candidate-labels", "a"), "no demo model for zero-shot classification"),
         (("classify", "--multi-label"), "multi_label goes with candidate_labels"),
         (("embed", "--pooling", "none"), "for pipeline('feature-extraction') alone"),

@@ -72,7 +72,7 @@ def _folders(cache):
 def test_the_demo_and_folders_are_where_they_are(tmp_path, monkeypatch):
     assert local_folder("demo") == demo_model("ner")
     assert fetch.local_folder("demo", task="qa") == demo_model("qa") != demo_model("ner")
-    assert fetch.local_folder("demo", task="embed") == demo_model("ner")
+    assert fetch.local_folder("demo", task="embed") == demo_model("ner").parent / "encoder"
     assert local_folder(str(tmp_path)) == tmp_path
     (tmp_path / "org" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
@@ -356,6 +356,7 @@ def test_the_digest_reads_a_file_once(there, monkeypatch):
     assert len(n_reads) == len(MODEL) + 1
 
 
-def test_all_files_of_the_demo_that_are_loaded_count():
-    counted = {path.name for path in demo_model("ner").iterdir() if is_model_file(path.name)}
-    assert counted == {path.name for path in demo_model("ner").iterdir()} - {"README.md"}
+@pytest.mark.parametrize("task", ["ner", "embed"])
+def test_all_files_of_the_demo_that_are_loaded_count(task):
+    files = {path.name for path in demo_model(task).iterdir()}
+    assert {name for name in files if is_model_file(name)} == files - {"README.md", "curve.png"}

@@ -163,8 +163,6 @@ def test_options_that_cannot_be(models):
             make(models, task, name, **options)
     with pytest.raises(ConfigError, match="no demo model for zero-shot"):
         pipeline("zero-shot-classification")
-    with pytest.raises(ConfigError, match="no demo model for choose"):
-        pipeline("multiple-choice")
     features = make(models, "feature-extraction", "embed", pooling="mean")
     with pytest.raises(ConfigError, match="pooling: choose when the model is loaded"):
         features.inner.predictor.with_options(pooling="cls")

@@ -162,10 +162,6 @@ def test_added_columns():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_demos(task):
-    """Sample input for every task; a model for those that have one."""
+    """Sample input and a model for every task."""
     assert any(demo_data(task).iterdir())
-    if OPTIONS[task].has_demo:
-        assert demo_model(task).is_dir()
-    else:
-        with pytest.raises(ConfigError, match=f"no demo model for {task}.* with --model"):
-            demo_model(task)
+    assert (demo_model(task) / "config.json").is_file()
