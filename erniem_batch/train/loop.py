@@ -300,8 +300,8 @@ def _deterministic() -> Iterator[None]:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # Nothing here reads memory before it is written; filling all of it takes a tenth of the time.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    # Nothing here reads memory before it is written, so filling it first is time lost.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield
     finally:
