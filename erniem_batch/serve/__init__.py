@@ -1,0 +1,1 @@
+"""The predictor online. So far: `batcher`, which lets requests share forward passes."""

@@ -1,0 +1,245 @@
+"""Model inputs of many requests in common forward passes. asyncio only: no Ray, no torch.
+
+While one pass runs, what arrives waits; when it ends, the next batch is made of what waits. So a
+lonely request never waits for company, and a busy server fills its batches by itself.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, Self, TypeVar, cast
+
+from erniem_batch.errors import ErnieMBatchError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class QueueFullError(ErnieMBatchError):
+    """More waits than may wait; nothing was accepted.
+
+    Attributes:
+        retry_after: seconds after which there should be room.
+    """
+
+    def __init__(self, retry_after: float) -> None:
+        super().__init__(f"the queue is full: try again in {retry_after:.1f} s")
+        self.retry_after = retry_after
+
+
+class ClosedError(ErnieMBatchError):
+    """The batcher takes nothing any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchReport:
+    """One forward pass.
+
+    Attributes:
+        n_items: rows of the batch.
+        n_tokens: without padding.
+        n_padded_tokens: rows x longest.
+        waited: seconds that the oldest item had waited.
+        seconds: of the pass.
+    """
+
+    n_items: int
+    n_tokens: int
+    n_padded_tokens: int
+    waited: float
+    seconds: float
+
+
+@dataclass(slots=True, eq=False)
+class _Request(Generic[Result]):
+    """Items that came together, and are answered together."""
+
+    future: asyncio.Future[list[Result]]
+    results: list[Result | None]
+    n_left: int
+
+    @property
+    def is_over(self) -> bool:
+        """Answered, failed, or given up by who asked."""
+        return self.future.done()
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting(Generic[Item, Result]):
+    item: Item
+    length: int
+    request: _Request[Result]
+    place: int
+    since: float
+
+
+@dataclass(eq=False)
+class Batcher(Generic[Item, Result]):
+    """Batches within a budget of padded tokens, one at a time, the oldest item always in the next.
+
+    Attributes:
+        forward: computes a batch: one result for each item, in order. It must leave the event loop
+            free. If it raises, the requests of that batch fail, and no others.
+        length: tokens of an item.
+        max_batch_tokens: rows x longest of a batch; an item above it goes alone.
+        max_queue_tokens: of all that waits; a request above it by itself is taken if nothing else
+            waits.
+        on_batch: told of every pass.
+
+    Example:
+        async with Batcher(forward, len, max_batch_tokens=1024, max_queue_tokens=65536) as batcher:
+            rows = await batcher.submit(windows)
+    """
+
+    forward: Callable[[list[Item]], Awaitable[Sequence[Result]]]
+    length: Callable[[Item], int]
+    max_batch_tokens: int
+    max_queue_tokens: int
+    on_batch: Callable[[BatchReport], None] = lambda report: None
+    _queue: deque[_Waiting[Item, Result]] = field(default_factory=deque, init=False)
+    _n_tokens: int = field(default=0, init=False)
+    _arrived: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+    _closing: bool = field(default=False, init=False)
+    _worker: asyncio.Task[None] | None = field(default=None, init=False)
+    _tokens_per_s: float | None = field(default=None, init=False)
+
+    async def __aenter__(self) -> Self:
+        self._worker = asyncio.create_task(self._work(), name="batcher")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether batches are still being made; if not, the service is to be replaced."""
+        return self._worker is not None and not self._worker.done()
+
+    @property
+    def n_waiting_tokens(self) -> int:
+        """Of all items that no pass has taken yet."""
+        return self._n_tokens
+
+    async def submit(self, items: Sequence[Item]) -> list[Result]:
+        """One result for each item. Cancelled, its items leave the queue.
+
+        Raises:
+            QueueFullError: nothing was accepted.
+            ClosedError: nothing is accepted any more.
+            Exception: what `forward` raised for a batch with one of the items.
+        """
+        if self._closing or not self.is_alive:
+            raise ClosedError("the batcher is closed")
+        if not items:
+            return []
+        lengths = [self.length(item) for item in items]
+        if self._queue and self._n_tokens + sum(lengths) > self.max_queue_tokens:
+            raise QueueFullError(self._seconds_for(self._n_tokens))
+        future: asyncio.Future[list[Result]] = asyncio.get_running_loop().create_future()
+        request = _Request[Result](future, [None] * len(items), len(items))
+        now = time.monotonic()
+        for place, (item, length) in enumerate(zip(items, lengths, strict=True)):
+            self._queue.append(_Waiting(item, length, request, place, now))
+        self._n_tokens += sum(lengths)
+        self._arrived.set()
+        try:
+            return await future
+        finally:
+            future.cancel()  # no effect once it is done
+            self._forget_finished()
+
+    async def close(self) -> None:
+        """Takes nothing new, and ends when all that was accepted is answered."""
+        self._closing = True
+        self._arrived.set()
+        if self._worker is not None:
+            await self._worker
+
+    # ---- the worker ---------------------------------------------------------------------------
+
+    async def _work(self) -> None:
+        while True:
+            while not self._queue:
+                if self._closing:
+                    return
+                self._arrived.clear()
+                await self._arrived.wait()
+            await self._run(self._next_batch())
+
+    def _next_batch(self) -> list[_Waiting[Item, Result]]:
+        """The oldest item, and those of the most similar length within the budget."""
+        waiting = list(self._queue)
+        chosen = pick([entry.length for entry in waiting], self.max_batch_tokens)
+        taken = set(chosen)
+        self._queue = deque(entry for i, entry in enumerate(waiting) if i not in taken)
+        batch = [waiting[i] for i in chosen]
+        self._n_tokens -= sum(entry.length for entry in batch)
+        return batch
+
+    async def _run(self, batch: list[_Waiting[Item, Result]]) -> None:
+        started = time.monotonic()
+        try:
+            results = await self.forward([entry.item for entry in batch])
+            if len(results) != len(batch):
+                raise RuntimeError(f"{len(results)} results for a batch of {len(batch)}")
+        except Exception as error:
+            for entry in batch:
+                if not entry.request.is_over:
+                    entry.request.future.set_exception(error)
+            self._forget_finished()
+            return
+        self._account(batch, started, time.monotonic())
+        for entry, result in zip(batch, results, strict=True):
+            request = entry.request
+            request.results[entry.place] = result
+            request.n_left -= 1
+            if not request.n_left and not request.is_over:
+                request.future.set_result(cast(list[Result], request.results))
+
+    def _account(self, batch: list[_Waiting[Item, Result]], started: float, ended: float) -> None:
+        n_padded = len(batch) * max(entry.length for entry in batch)
+        seconds = max(ended - started, 1e-6)
+        speed = n_padded / seconds
+        before = self._tokens_per_s
+        self._tokens_per_s = speed if before is None else 0.8 * before + 0.2 * speed
+        self.on_batch(
+            BatchReport(
+                n_items=len(batch),
+                n_tokens=sum(entry.length for entry in batch),
+                n_padded_tokens=n_padded,
+                waited=started - min(entry.since for entry in batch),
+                seconds=seconds,
+            )
+        )
+
+    def _forget_finished(self) -> None:
+        """Items of requests that failed or were given up need no pass."""
+        if any(entry.request.is_over for entry in self._queue):
+            self._queue = deque(entry for entry in self._queue if not entry.request.is_over)
+            self._n_tokens = sum(entry.length for entry in self._queue)
+
+    def _seconds_for(self, n_tokens: int) -> float:
+        """How long so many tokens will take, by what was seen."""
+        return n_tokens / self._tokens_per_s if self._tokens_per_s else 1.0
+
+
+def pick(lengths: Sequence[int], max_tokens: int) -> list[int]:
+    """Which of the waiting items, oldest first, go into the next batch: the oldest, then those
+    nearest to its length, as long as rows x longest stays within the budget.
+
+    Example:
+        >>> pick([8, 100, 9, 7, 8], max_tokens=32)
+        [0, 4, 2]
+    """
+    if not lengths:
+        return []
+    chosen, longest = [0], lengths[0]
+    # Of two that are as near, the older.
+    for i in sorted(range(1, len(lengths)), key=lambda i: (abs(lengths[i] - lengths[0]), i)):
+        wider = max(longest, lengths[i])
+        if wider * (len(chosen) + 1) <= max_tokens:
+            chosen.append(i)
+            longest = wider
+    return chosen

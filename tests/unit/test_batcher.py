@@ -1,0 +1,244 @@
+"""The batcher of the online service, alone: no model, no Ray. Items are their own lengths."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from erniem_batch.serve.batcher import Batcher, BatchReport, ClosedError, QueueFullError, pick
+
+LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=30)
+
+
+class Engine:
+    """Doubles numbers; notes batches, and lets a test hold it."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.free = asyncio.Event()
+        self.free.set()
+        self.n_running = 0
+
+    async def __call__(self, items: list[int]) -> list[int]:
+        assert not self.n_running, "one pass at a time"
+        self.n_running += 1
+        self.batches.append(items)
+        await asyncio.sleep(0)
+        await self.free.wait()
+        self.n_running -= 1
+        if 13 in items:
+            raise ValueError("unlucky")
+        return [2 * item for item in items]
+
+
+def batcher_of(engine: Engine, max_batch: int = 64, max_queue: int = 10_000, **more) -> Batcher:
+    return Batcher(engine, int, max_batch_tokens=max_batch, max_queue_tokens=max_queue, **more)
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(test(), timeout=30))
+
+
+async def ticks(n: int = 5) -> None:
+    for _ in range(n):
+        await asyncio.sleep(0)
+
+
+@given(LENGTHS, st.integers(1, 200))
+def test_what_is_picked(lengths, max_tokens):
+    chosen = pick(lengths, max_tokens)
+    assert chosen[0] == 0, "the oldest"
+    assert len(set(chosen)) == len(chosen)
+    padded = len(chosen) * max(lengths[i] for i in chosen)
+    assert padded <= max_tokens or chosen == [0]
+    for i in set(range(len(lengths))) - set(chosen):
+        wider = max([lengths[i], *(lengths[j] for j in chosen)])
+        nearer = all(
+            (abs(lengths[j] - lengths[0]), j) <= (abs(lengths[i] - lengths[0]), i) for j in chosen
+        )
+        if nearer:
+            assert wider * (len(chosen) + 1) > max_tokens, "there was room"
+
+
+def test_nothing_to_pick():
+    assert pick([], 10) == []
+
+
+@settings(deadline=None)
+@given(st.lists(LENGTHS.map(lambda x: [i for i in x if i != 13]), min_size=1, max_size=12))
+def test_everybody_gets_their_own_answers(requests):
+    async def test() -> None:
+        engine = Engine()
+        async with batcher_of(engine, max_queue=10**6) as batcher:
+            answers = await asyncio.gather(*(batcher.submit(items) for items in requests))
+        assert answers == [[2 * item for item in items] for items in requests]
+        sent = sorted(item for batch in engine.batches for item in batch)
+        assert sent == sorted(item for items in requests for item in items), "each once"
+        assert all(len(b) * max(b) <= 64 for b in engine.batches if len(b) > 1)
+        assert batcher.n_waiting_tokens == 0
+
+    run(test)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(1, 60).filter(lambda x: x != 13), min_size=2, max_size=20), st.data())
+def test_who_gives_up_harms_nobody(items, data):
+    gone = data.draw(st.sets(st.integers(0, len(items) - 1)))
+
+    async def test() -> None:
+        engine = Engine()
+        async with batcher_of(engine) as batcher:
+            engine.free.clear()
+            first = asyncio.create_task(batcher.submit([7]))
+            await ticks()
+            tasks = [asyncio.create_task(batcher.submit([item])) for item in items]
+            await ticks()
+            for i in gone:
+                tasks[i].cancel()
+            await ticks()
+            stay = [items[i] for i in range(len(items)) if i not in gone]
+            assert batcher.n_waiting_tokens == sum(stay), "their work is dropped"
+            engine.free.set()
+            answers = await asyncio.gather(*tasks, return_exceptions=True)
+        assert await first == [14]
+        for i, answer in enumerate(answers):
+            if i in gone:
+                assert isinstance(answer, asyncio.CancelledError)
+            else:
+                assert answer == [2 * items[i]]
+        assert sorted(x for b in engine.batches[1:] for x in b) == sorted(stay)
+
+    run(test)
+
+
+def test_the_odd_one_out_does_not_starve():
+    """A long item among an endless stream of short ones is served next but one."""
+
+    async def test() -> None:
+        engine = Engine()
+        async with batcher_of(engine, max_batch=20) as batcher:
+            engine.free.clear()
+            tasks = [asyncio.create_task(batcher.submit([2])) for _ in range(10)]
+            await ticks()
+            tasks.append(asyncio.create_task(batcher.submit([50])))
+            tasks += [asyncio.create_task(batcher.submit([2])) for _ in range(200)]
+            await ticks()
+            engine.free.set()
+            await asyncio.gather(*tasks)
+        at = engine.batches.index([50])
+        earlier = [x for batch in engine.batches[:at] for x in batch]
+        assert len(earlier) <= 20, "no more than what was there before it, and one batch"
+
+    run(test)
+
+
+def test_an_error_stays_in_its_batch():
+    async def test() -> None:
+        engine = Engine()
+        async with batcher_of(engine, max_batch=26) as batcher:
+            answers = await asyncio.gather(
+                batcher.submit([13, 40]),
+                batcher.submit([13]),
+                batcher.submit([40]),
+                batcher.submit([5]),
+                return_exceptions=True,
+            )
+            assert batcher.is_alive
+            assert await batcher.submit([6]) == [12], "and the next is answered"
+        assert [type(answer) for answer in answers[:2]] == [ValueError, ValueError]
+        assert answers[2:] == [[80], [10]]
+        forties = [batch for batch in engine.batches if 40 in batch]
+        assert forties == [[40]], "what else a failed request wanted is not computed"
+
+    run(test)
+
+
+def test_results_that_do_not_add_up_are_an_error():
+    async def forward(items: list[int]) -> list[int]:
+        return items[1:]
+
+    async def test() -> None:
+        async with Batcher(forward, int, max_batch_tokens=9, max_queue_tokens=9) as batcher:
+            with pytest.raises(RuntimeError, match="1 results for a batch of 2"):
+                await batcher.submit([1, 2])
+            assert batcher.is_alive
+
+    run(test)
+
+
+def test_a_full_queue_refuses_and_recovers():
+    async def test() -> None:
+        engine = Engine()
+        async with batcher_of(engine, max_queue=100) as batcher:
+            engine.free.clear()
+            running = asyncio.create_task(batcher.submit([60]))
+            await ticks()
+            huge = asyncio.create_task(batcher.submit([60, 60]))  # alone in the queue: taken
+            await ticks()
+            with pytest.raises(QueueFullError, match=r"again in 1\.0 s") as caught:
+                await batcher.submit([1])
+            assert caught.value.retry_after == 1.0, "nothing is known of the speed yet"
+            engine.free.set()
+            assert await running == [120]
+            assert await huge == [120, 120]
+            assert await batcher.submit([1]) == [2]
+            engine.free.clear()
+            tasks = [asyncio.create_task(batcher.submit([60]))]
+            await ticks()
+            tasks.append(asyncio.create_task(batcher.submit([60])))
+            await ticks()
+            with pytest.raises(QueueFullError) as caught:
+                await batcher.submit([60])
+            assert 0 < caught.value.retry_after < 1, "by the speed that was seen"
+            engine.free.set()
+            await asyncio.gather(*tasks)
+
+    run(test)
+
+
+def test_closing_answers_what_was_accepted():
+    async def test() -> None:
+        engine = Engine()
+        batcher = batcher_of(engine)
+        with pytest.raises(ClosedError):
+            await batcher.submit([1])
+        async with batcher:
+            engine.free.clear()
+            tasks = [asyncio.create_task(batcher.submit([60])) for _ in range(3)]
+            await ticks()
+            closing = asyncio.create_task(batcher.close())
+            await ticks()
+            with pytest.raises(ClosedError):
+                await batcher.submit([1])
+            engine.free.set()
+            await closing
+            assert await asyncio.gather(*tasks) == [[120]] * 3
+        assert not batcher.is_alive
+
+    run(test)
+
+
+def test_nothing_asked_nothing_computed():
+    async def test() -> None:
+        engine = Engine()
+        async with batcher_of(engine) as batcher:
+            assert await batcher.submit([]) == []
+        assert engine.batches == []
+
+    run(test)
+
+
+def test_passes_are_reported():
+    reports: list[BatchReport] = []
+
+    async def test() -> None:
+        engine = Engine()
+        async with batcher_of(engine, max_batch=30, on_batch=reports.append) as batcher:
+            assert await batcher.submit([10, 8, 9, 60]) == [20, 16, 18, 120]
+
+    run(test)
+    seen = [(r.n_items, r.n_tokens, r.n_padded_tokens) for r in reports]
+    assert seen == [(3, 27, 30), (1, 60, 60)]
+    assert all(r.waited >= 0 and r.seconds > 0 for r in reports)
