@@ -966,7 +966,8 @@ def _gradients(training, step, number=0):
     return losses, {name: p.grad.clone() for name, p in named if p.grad is not None}
 
 
-def _require_close(ours, theirs, atol=1e-6):
+def _require_close(ours, theirs, atol=3e-6):
+    # Sums in float32 whose order depends on the processor.
     assert ours.keys() == theirs.keys()
     assert any(gradient.abs().max() > 1e-3 for gradient in theirs.values())
     for name, gradient in theirs.items():
