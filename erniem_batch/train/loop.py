@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "state.pt"
 LOG_SECONDS = 10.0
-LONGEST_PLAIN_ATTENTION = 256  # tokens, see tests/benchmarks/finetune.py
+LONGEST_PLAIN_ATTENTION = 192  # tokens, see tests/benchmarks/finetune.py
 
 
 class Session(Protocol):

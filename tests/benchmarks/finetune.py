@@ -19,6 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from erniem_batch import ErnieMModel
 from erniem_batch.model.fetch import local_folder
+from erniem_batch.model.heads import ErnieMForEmbedding
+from erniem_batch.train.heads import encoder_of
 
 LENGTHS = (40, 140, 256, 384)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -33,7 +35,8 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=3072, help="padded tokens of a step")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    model = ErnieMModel.from_pretrained(local_folder(args.model, "embed")).float()  # no dropout
+    folder = local_folder(args.model, "embed")
+    model = encoder_of(ErnieMForEmbedding.from_pretrained(folder)).float()  # no dropout
     model.embeddings.requires_grad_(False)
     layers = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(layers, lr=1e-6, fused=True)
