@@ -146,9 +146,9 @@ class Batcher(Generic[Item, Result]):
         self._arrived.set()
         try:
             return await future
-        finally:
-            future.cancel()  # no effect once it is done
+        except asyncio.CancelledError:  # of the caller, which cancels the future too
             self._forget_finished()
+            raise
 
     async def close(self) -> None:
         """Takes nothing new, and ends when all that was accepted is answered."""

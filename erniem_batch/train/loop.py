@@ -288,10 +288,10 @@ def _attention_kernel(
 ) -> AbstractContextManager[Any]:
     """Plain matrix products where they are faster: torch's fused attention on CPU has a slow
     gradient in half precision, which over short texts takes more time than all the rest."""
-    longest = max(example.longest for example in batch.examples)
-    if device.type != "cpu" or config.dtype == "float32" or longest > LONGEST_PLAIN_ATTENTION:
-        return nullcontext()
-    return sdpa_kernel(SDPBackend.MATH)
+    is_slow = device.type == "cpu" and config.dtype != "float32"
+    if is_slow and batch.longest <= LONGEST_PLAIN_ATTENTION:
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
 
 
 @contextmanager
@@ -299,6 +299,7 @@ def _deterministic() -> Iterator[None]:
     """The same figures every time, on a GPU too, where only few operations cannot."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()
+    filled: bool = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Nothing here reads memory before it is written, so filling it first is time lost.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -306,6 +307,7 @@ def _deterministic() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
 # ---- measurements and checkpoints -------------------------------------------------------------

@@ -33,10 +33,14 @@ class MicroBatch:
         return sum(int((x != IGNORED_LABEL).sum()) for x in labels)
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(example.longest for example in self.examples)
+
+    @property
     def n_padded_tokens(self) -> int:
         """What is computed."""
-        longest = max(example.longest for example in self.examples)
-        return longest * sum(len(example.ids) for example in self.examples)
+        return self.longest * sum(len(example.ids) for example in self.examples)
 
 
 Step = tuple[MicroBatch, ...]
