@@ -36,6 +36,7 @@ from erniem_batch.options import (
     Options,
     QaOptions,
 )
+from erniem_batch.serve.flags import ServeFlags
 from erniem_batch.train.config import FinetuneConfig
 
 EXIT_USAGE = 2
@@ -347,6 +348,33 @@ def replay(
 
 
 app.command(evaluate)
+
+
+@app.command
+def serve(flags: Annotated[ServeFlags, Flat] | None = None) -> int:
+    """Serve a model over HTTP, with a page to try it: the same answers as the batch runs.
+
+    Without flags: the demo model with all its tasks, on http://127.0.0.1:8000/, for this machine
+    only. On a cluster, and to change models without a pause: deploy/serve.yaml.
+    """
+    from erniem_batch.serve.run import serve as run_service
+
+    configure_logging()
+    run_service(flags or ServeFlags())
+    return 0
+
+
+@app.command
+def token() -> int:
+    """Make a bearer token for `erniem-batch serve --tokens-file`.
+
+    The token goes to who will ask, its hash as a line into the file; only the hash is needed again.
+    """
+    from erniem_batch.serve.tokens import new_token
+
+    made, digest = new_token()
+    print(json.dumps({"token": made, "sha256": digest}))
+    return 0
 
 
 def _finished(report: RunReport) -> int:

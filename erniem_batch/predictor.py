@@ -6,7 +6,7 @@ The batch job, the online service and `pipeline` all use this one class.
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
@@ -177,7 +177,11 @@ class Predictor:
         Raises:
             DeviceError: the device can no longer be used.
         """
-        return self._forward_thread.submit(self._forward_all, windows).result()
+        return self.begin_forward(windows).result()
+
+    def begin_forward(self, windows: Sequence[Window]) -> Future[list[FloatArray | Failure]]:
+        """`forward` for those who must not wait, such as event loops."""
+        return self._forward_thread.submit(self._forward_all, windows)
 
     def decode(
         self, encoded: Encoded, outputs: Sequence[FloatArray | Failure]

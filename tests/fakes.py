@@ -319,3 +319,10 @@ def bad_utf8_strings(values: Sequence[bytes]) -> pa.Array:
     return pa.Array.from_buffers(
         pa.string(), len(values), [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(values))]
     )
+
+
+def save_tiny_service(folder: Path, tokenizer: ErnieMTokenizer) -> Path:
+    """Tiny models of all tasks as a training of several tasks leaves them: one folder to serve."""
+    models = save_tiny_models(folder, tokenizer)
+    models["embed"].rename(folder / "encoder")
+    return folder

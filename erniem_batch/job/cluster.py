@@ -43,12 +43,13 @@ def connect(config: JobConfig) -> bool:
     return connect_to(config.address, max(cores, pool.max_actors * pool.cpus) + SPARE_CPUS)
 
 
-def connect_to(address: str | None, local_cpus: int) -> bool:
+def connect_to(address: str | None, local_cpus: int, metrics_port: int | None = None) -> bool:
     """Connects to a cluster; True if it was started just for this run.
 
     Args:
         address: None: that of RAY_ADDRESS, else a local one.
         local_cpus: logical CPUs of a local one.
+        metrics_port: of a local one, for Prometheus; None: any.
     """
     # Set before Ray is imported: it reads them once.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -71,6 +72,8 @@ def connect_to(address: str | None, local_cpus: int) -> bool:
             "object_store_memory": LOCAL_OBJECT_STORE_BYTES,
             "_node_ip_address": "127.0.0.1",
         }
+        if metrics_port is not None:
+            options["_metrics_export_port"] = metrics_port
     else:
         options["address"] = address
     try:

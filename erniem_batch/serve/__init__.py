@@ -1,1 +1,15 @@
-"""The predictor online. So far: `batcher`, which lets requests share forward passes."""
+"""The predictor of the batch pipeline online, behind Ray Serve.
+
+`serve run erniem_batch.serve:app model=demo` on any cluster; `erniem-batch serve` on a laptop.
+"""
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    # Ray and FastAPI only for those who serve: batcher, engine and messages do without.
+    if name == "app":
+        from erniem_batch.serve.app import app
+
+        return app
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -52,13 +52,27 @@ class BatchReport:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Served(Generic[Result]):
+    """What became of the items of a request.
+
+    Attributes:
+        results: one an item, in order.
+        computed: seconds of all passes with one of its items.
+    """
+
+    results: list[Result]
+    computed: float
+
+
 @dataclass(slots=True, eq=False)
 class _Request(Generic[Result]):
     """Items that came together, and are answered together."""
 
-    future: asyncio.Future[list[Result]]
+    future: asyncio.Future[Served[Result]]
     results: list[Result | None]
     n_left: int
+    computed: float = 0.0
 
     @property
     def is_over(self) -> bool:
@@ -87,10 +101,11 @@ class Batcher(Generic[Item, Result]):
         max_queue_tokens: of all that waits; a request above it by itself is taken if nothing else
             waits.
         on_batch: told of every pass.
+        turn: held during a pass; batchers that share a device share it, and take turns.
 
     Example:
         async with Batcher(forward, len, max_batch_tokens=1024, max_queue_tokens=65536) as batcher:
-            rows = await batcher.submit(windows)
+            rows = (await batcher.submit(windows)).results
     """
 
     forward: Callable[[list[Item]], Awaitable[Sequence[Result]]]
@@ -98,12 +113,14 @@ class Batcher(Generic[Item, Result]):
     max_batch_tokens: int
     max_queue_tokens: int
     on_batch: Callable[[BatchReport], None] = lambda report: None
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     _queue: deque[_Waiting[Item, Result]] = field(default_factory=deque, init=False)
     _n_tokens: int = field(default=0, init=False)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event, init=False)
     _closing: bool = field(default=False, init=False)
     _worker: asyncio.Task[None] | None = field(default=None, init=False)
     _tokens_per_s: float | None = field(default=None, init=False)
+    _busy_since: float | None = field(default=None, init=False)
 
     async def __aenter__(self) -> Self:
         self._worker = asyncio.create_task(self._work(), name="batcher")
@@ -122,8 +139,16 @@ class Batcher(Generic[Item, Result]):
         """Of all items that no pass has taken yet."""
         return self._n_tokens
 
-    async def submit(self, items: Sequence[Item]) -> list[Result]:
+    @property
+    def busy_for(self) -> float:
+        """Seconds that the pass at hand has taken so far; 0 between passes."""
+        return 0.0 if self._busy_since is None else time.monotonic() - self._busy_since
+
+    async def submit(self, items: Sequence[Item], *, accepted: bool = False) -> Served[Result]:
         """One result for each item. Cancelled, its items leave the queue.
+
+        Args:
+            accepted: they belong to a request that was accepted before, so room is not asked for.
 
         Raises:
             QueueFullError: nothing was accepted.
@@ -133,11 +158,11 @@ class Batcher(Generic[Item, Result]):
         if self._closing or not self.is_alive:
             raise ClosedError("the batcher is closed")
         if not items:
-            return []
+            return Served([], 0.0)
         lengths = [self.length(item) for item in items]
-        if self._queue and self._n_tokens + sum(lengths) > self.max_queue_tokens:
+        if not accepted and self._queue and self._n_tokens + sum(lengths) > self.max_queue_tokens:
             raise QueueFullError(self._seconds_for(self._n_tokens))
-        future: asyncio.Future[list[Result]] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Served[Result]] = asyncio.get_running_loop().create_future()
         request = _Request[Result](future, [None] * len(items), len(items))
         now = time.monotonic()
         for place, (item, length) in enumerate(zip(items, lengths, strict=True)):
@@ -166,7 +191,10 @@ class Batcher(Generic[Item, Result]):
                     return
                 self._arrived.clear()
                 await self._arrived.wait()
-            await self._run(self._next_batch())
+            # The batch is made when it can run: until then more of its kind arrive.
+            async with self.turn:
+                if self._queue:
+                    await self._run(self._next_batch())
 
     def _next_batch(self) -> list[_Waiting[Item, Result]]:
         """The oldest item, and those of the most similar length within the budget."""
@@ -179,7 +207,7 @@ class Batcher(Generic[Item, Result]):
         return batch
 
     async def _run(self, batch: list[_Waiting[Item, Result]]) -> None:
-        started = time.monotonic()
+        started = self._busy_since = time.monotonic()
         try:
             results = await self.forward([entry.item for entry in batch])
             if len(results) != len(batch):
@@ -190,17 +218,21 @@ class Batcher(Generic[Item, Result]):
                     entry.request.future.set_exception(error)
             self._forget_finished()
             return
-        self._account(batch, started, time.monotonic())
+        finally:
+            self._busy_since = None
+        self._account(batch, started, seconds := max(time.monotonic() - started, 1e-6))
+        for request in {id(entry.request): entry.request for entry in batch}.values():
+            request.computed += seconds
         for entry, result in zip(batch, results, strict=True):
             request = entry.request
             request.results[entry.place] = result
             request.n_left -= 1
             if not request.n_left and not request.is_over:
-                request.future.set_result(cast(list[Result], request.results))
+                results = cast(list[Result], request.results)
+                request.future.set_result(Served(results, request.computed))
 
-    def _account(self, batch: list[_Waiting[Item, Result]], started: float, ended: float) -> None:
+    def _account(self, batch: list[_Waiting[Item, Result]], started: float, seconds: float) -> None:
         n_padded = len(batch) * max(entry.length for entry in batch)
-        seconds = max(ended - started, 1e-6)
         speed = n_padded / seconds
         before = self._tokens_per_s
         self._tokens_per_s = speed if before is None else 0.8 * before + 0.2 * speed

@@ -24,6 +24,16 @@ from erniem_batch.tasks.taskflow import TaskflowTask
 from erniem_batch.text.tokenizer import ErnieMTokenizer
 from erniem_batch.thresholds import Thresholds
 
+# Which task a model folder is for, by the class that its config.json names.
+TASK_OF_HEAD = {
+    NerTask.head: "ner",
+    ClassifyTask.head: "classify",
+    ChooseTask.head: "choose",
+    QaTask.head: "qa",
+    EmbedTask.head: "embed",
+    ExtractTask.head: "extract",
+}
+
 
 def thresholds_of(config: PredictorConfig, model_config: ErnieMConfig) -> Thresholds:
     """The thresholds asked for, else those that were found best for the model.

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from fakes import save_tiny_ner_model
+from fakes import save_tiny_ner_model, save_tiny_service
 
 from erniem_batch import ErnieMTokenizer
 from erniem_batch.config import PredictorConfig
@@ -29,3 +29,9 @@ def predictor(ner_model_dir: Path) -> Predictor:
             n_threads=1,
         )
     )
+
+
+@pytest.fixture(scope="session")
+def service_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: ErnieMTokenizer) -> Path:
+    """A folder with tiny random models for all tasks, to be served together."""
+    return save_tiny_service(tmp_path_factory.mktemp("service"), tokenizer)

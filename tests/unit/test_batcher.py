@@ -73,7 +73,7 @@ def test_everybody_gets_their_own_answers(requests):
         engine = Engine()
         async with batcher_of(engine, max_queue=10**6) as batcher:
             answers = await asyncio.gather(*(batcher.submit(items) for items in requests))
-        assert answers == [[2 * item for item in items] for items in requests]
+        assert [a.results for a in answers] == [[2 * i for i in items] for items in requests]
         sent = sorted(item for batch in engine.batches for item in batch)
         assert sent == sorted(item for items in requests for item in items), "each once"
         assert all(len(b) * max(b) <= 64 for b in engine.batches if len(b) > 1)
@@ -102,12 +102,12 @@ def test_who_gives_up_harms_nobody(items, data):
             assert batcher.n_waiting_tokens == sum(stay), "their work is dropped"
             engine.free.set()
             answers = await asyncio.gather(*tasks, return_exceptions=True)
-        assert await first == [14]
+        assert (await first).results == [14]
         for i, answer in enumerate(answers):
             if i in gone:
                 assert isinstance(answer, asyncio.CancelledError)
             else:
-                assert answer == [2 * items[i]]
+                assert answer.results == [2 * items[i]]
         assert sorted(x for b in engine.batches[1:] for x in b) == sorted(stay)
 
     run(test)
@@ -146,9 +146,9 @@ def test_an_error_stays_in_its_batch():
                 return_exceptions=True,
             )
             assert batcher.is_alive
-            assert await batcher.submit([6]) == [12], "and the next is answered"
+            assert (await batcher.submit([6])).results == [12], "and the next is answered"
         assert [type(answer) for answer in answers[:2]] == [ValueError, ValueError]
-        assert answers[2:] == [[80], [10]]
+        assert [a.results for a in answers[2:]] == [[80], [10]]
         forties = [batch for batch in engine.batches if 40 in batch]
         assert forties == [[40]], "what else a failed request wanted is not computed"
 
@@ -181,9 +181,9 @@ def test_a_full_queue_refuses_and_recovers():
                 await batcher.submit([1])
             assert caught.value.retry_after == 1.0, "nothing is known of the speed yet"
             engine.free.set()
-            assert await running == [120]
-            assert await huge == [120, 120]
-            assert await batcher.submit([1]) == [2]
+            assert (await running).results == [120]
+            assert (await huge).results == [120, 120]
+            assert (await batcher.submit([1])).results == [2]
             engine.free.clear()
             tasks = [asyncio.create_task(batcher.submit([60]))]
             await ticks()
@@ -214,7 +214,7 @@ def test_closing_answers_what_was_accepted():
                 await batcher.submit([1])
             engine.free.set()
             await closing
-            assert await asyncio.gather(*tasks) == [[120]] * 3
+            assert [t.result().results for t in tasks] == [[120]] * 3
         assert not batcher.is_alive
 
     run(test)
@@ -224,7 +224,7 @@ def test_nothing_asked_nothing_computed():
     async def test() -> None:
         engine = Engine()
         async with batcher_of(engine) as batcher:
-            assert await batcher.submit([]) == []
+            assert (await batcher.submit([])).results == []
         assert engine.batches == []
 
     run(test)
@@ -236,7 +236,7 @@ def test_passes_are_reported():
     async def test() -> None:
         engine = Engine()
         async with batcher_of(engine, max_batch=30, on_batch=reports.append) as batcher:
-            assert await batcher.submit([10, 8, 9, 60]) == [20, 16, 18, 120]
+            assert (await batcher.submit([10, 8, 9, 60])).results == [20, 16, 18, 120]
 
     run(test)
     seen = [(r.n_items, r.n_tokens, r.n_padded_tokens) for r in reports]

@@ -1,0 +1,395 @@
+"""One model at work for many requests at a time: tokenize, wait, forward, decode. No Ray in here.
+
+Requests of all tasks of a model share its device: windows of many requests make up the forward
+passes, one pass at a time, while other threads tokenize and decode. The event loop only passes
+things on.
+"""
+
+import asyncio
+import json
+import logging
+import time
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from erniem_batch.errors import ConfigError, DeviceError, ErnieMBatchError
+from erniem_batch.model.fetch import model_digest
+from erniem_batch.predictor import Predictor
+from erniem_batch.records import Encoded, Failure, FloatArray, Outcome, Prediction, Record, Window
+from erniem_batch.serve.batcher import Batcher, BatchReport, ClosedError, QueueFullError
+from erniem_batch.serve.config import ModelConfig
+from erniem_batch.serve.models import load_predictors, model_folders
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Rows = FloatArray | Failure
+
+# For tokenizing and decoding; more would only wait for Python's lock.
+TEXT_THREADS = 2
+# Sets of options that requests have brought, kept ready.
+MAX_OPTION_SETS = 256
+WARM_UP = {
+    "text": "Ada Lovelace lived in London.",
+    "question": "Who?",
+    "choices": ["yes", "no"],
+    "schema": "Person",
+}
+
+
+class EngineError(ErnieMBatchError):
+    """The engine works no more: its process is to be replaced."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A request for a model.
+
+    Attributes:
+        items: each with `id`, `text` and `fields`, as `messages.items_of` makes them.
+        options: of this request only.
+        seconds: until it gives up.
+    """
+
+    task: str
+    items: Sequence[Mapping[str, Any]]
+    options: Mapping[str, Any]
+    seconds: float
+
+
+@dataclass(slots=True)
+class Timing:
+    """Where the time of a request went, in seconds; `queue` is what was spent waiting."""
+
+    tokenize: float = 0.0
+    queue: float = 0.0
+    forward: float = 0.0
+    decode: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """The answer: a result for each item, as columns of the batch output or with `error`."""
+
+    results: list[dict[str, Any]]
+    n_tokens: int
+    n_windows: int
+    timing: Timing
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why there is no answer. Travels between processes, which errors do not do well.
+
+    Attributes:
+        code: a word for machines.
+        param: the field that is wrong, where one is.
+        retry_after: seconds after which it may go better.
+    """
+
+    status: int
+    code: str
+    message: str
+    param: str | None = None
+    retry_after: float | None = None
+
+
+@dataclass(eq=False)
+class Engine:
+    """The predictors of a model and the queues before them.
+
+    Use `load`, then `start` on the event loop on which it will be asked.
+
+    Attributes:
+        folders: where the model of each task is.
+        on_batch: told of every forward pass: its task, what it was, how many tokens wait now.
+    """
+
+    config: ModelConfig
+    predictors: Mapping[str, Predictor]
+    folders: Mapping[str, Path] = field(default_factory=dict)
+    on_batch: Callable[[str, BatchReport, int], None] = lambda task, report, n_waiting: None
+    _batchers: dict[str, Batcher[Window, Rows]] = field(default_factory=dict, init=False)
+    _variants: OrderedDict[str, Predictor] = field(default_factory=OrderedDict, init=False)
+    _broken: str | None = field(default=None, init=False)
+    _threads: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(TEXT_THREADS, "text"), init=False
+    )
+
+    @classmethod
+    def load(cls, config: ModelConfig) -> Self:
+        """The model, in memory.
+
+        Raises:
+            ConfigError, CheckpointError: it cannot be used as it is, see `Predictor.load`.
+        """
+        folders = model_folders(config)
+        return cls(config, load_predictors(config, folders), folders)
+
+    async def start(self) -> None:
+        """Begins to make batches, and answers a request of each kind: then it is ready.
+
+        Raises:
+            EngineError: the model gives no answer.
+        """
+        turn = asyncio.Lock()  # one device, one pass at a time
+        for task, predictor in self.predictors.items():
+            batcher = Batcher(
+                self._forward(predictor),
+                _length,
+                max_batch_tokens=predictor.max_batch_tokens,
+                max_queue_tokens=self.config.max_queue_tokens,
+                on_batch=partial(self._report, task),
+                turn=turn,
+            )
+            self._batchers[task] = await batcher.__aenter__()
+        for task in self.predictors:
+            await self._warm_up(task)
+
+    async def close(self) -> None:
+        """Answers what was accepted, and ends."""
+        for batcher in self._batchers.values():
+            await batcher.close()
+        self._threads.shutdown(wait=False)
+        for predictor in self.predictors.values():
+            predictor.close()
+
+    def check(self) -> None:
+        """Raises an EngineError if the process is to be replaced."""
+        if self._broken is not None:
+            raise EngineError(self._broken)
+        for task, batcher in self._batchers.items():
+            if not batcher.is_alive:
+                raise EngineError(f"{task}: batches are made no more")
+            if batcher.busy_for > self.config.hang_s:
+                raise EngineError(f"{task}: a forward pass hangs for {batcher.busy_for:.0f} s")
+
+    async def problem(self) -> str | None:
+        """What is wrong with it, in words; None: nothing."""
+        try:
+            self.check()
+        except EngineError as error:
+            return str(error)
+        return None
+
+    async def card(self) -> dict[str, Any]:
+        """What is served, as `messages.ModelCard`."""
+        digests = await self._in_thread(
+            lambda: {task: model_digest(folder) for task, folder in self.folders.items()}
+        )
+        labels = {
+            task: list(predictor.model.config.labels)
+            for task, predictor in self.predictors.items()
+            if task in ("ner", "classify")
+        }
+        return {
+            "id": self.config.name,
+            "tasks": list(self.predictors),
+            "labels": labels,
+            "digests": digests,
+            "window_tokens": self.config.window_tokens,
+            "dtype": self.config.dtype,
+        }
+
+    async def answer(self, ask: Ask) -> Served | Refusal:
+        """What a request gets; never an exception, but for the cancellation of who asks."""
+        if ask.task not in self._batchers:
+            there = ", ".join(self.predictors)
+            return Refusal(404, "no_such_task", f"{self.config.name} does {there}", "model")
+        try:
+            async with asyncio.timeout(ask.seconds):
+                return await self._answer(ask)
+        except TimeoutError:
+            message = f"no answer within {ask.seconds:g} s: ask for less at a time, or later"
+            return Refusal(504, "deadline_exceeded", message)
+        except ConfigError as error:
+            return Refusal(422, "invalid_option", str(error), "options")
+        except QueueFullError as error:
+            return Refusal(429, "queue_full", str(error), retry_after=error.retry_after)
+        except ClosedError:
+            return Refusal(503, "shutting_down", "this replica ends: ask again", retry_after=1.0)
+        except DeviceError as error:
+            self._broken = self._broken or str(error)
+            return Refusal(503, "device_lost", "this replica is replaced: ask again", None, 5.0)
+        except Exception as error:
+            # A fault of ours. Its message could hold text of a document: only where it happened.
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(frame.filename).name}:{frame.lineno}"
+            logger.error("fault task=%s error=%s at=%s", ask.task, type(error).__name__, where)
+            return Refusal(500, "fault", f"{type(error).__name__} in {where}")
+
+    # ---- the way of a request -----------------------------------------------------------------
+
+    async def _answer(self, ask: Ask) -> Served:
+        timing = Timing()
+        predictor = self._predictor(ask.task, ask.options)
+        records = [Record(item["id"], item["text"], item["fields"]) for item in ask.items]
+        with _Clock(timing, "tokenize"):
+            encoded = await self._in_thread(predictor.encode, records)
+        answered: dict[int, Outcome] = {}
+        waiting: list[tuple[int, Encoded]] = []
+        for i, item in enumerate(encoded):
+            if isinstance(item, Failure):
+                answered[i] = item
+            else:
+                waiting.append((i, item))
+        is_first = True
+        while waiting:  # once, unless the task has follow-up questions
+            rows = await self._rows(ask.task, waiting, timing, accepted=not is_first)
+            with _Clock(timing, "decode"):
+                decoded = await self._in_thread(_decode, predictor, waiting, rows)
+            waiting, is_first = [], False
+            for i, outcome in decoded:
+                if isinstance(outcome, Encoded):
+                    waiting.append((i, outcome))
+                else:
+                    answered[i] = outcome
+        with _Clock(timing, "decode"):
+            outcomes = [answered[i] for i in range(len(records))]
+            results = await self._in_thread(_results, predictor, outcomes)
+        done = [outcome for outcome in outcomes if isinstance(outcome, Prediction)]
+        return Served(
+            results, sum(p.n_tokens for p in done), sum(p.n_windows for p in done), timing
+        )
+
+    async def _rows(
+        self, task: str, waiting: Sequence[tuple[int, Encoded]], timing: Timing, accepted: bool
+    ) -> list[Rows]:
+        """The model's rows of all windows."""
+        started = time.perf_counter()
+        windows = [window for _, item in waiting for window in item.windows]
+        served = await self._batchers[task].submit(windows, accepted=accepted)
+        timing.forward += served.computed
+        timing.queue += max(0.0, time.perf_counter() - started - served.computed)
+        return served.results
+
+    def _predictor(self, task: str, options: Mapping[str, Any]) -> Predictor:
+        """The predictor of a task, with the options of a request. Options that came before are
+        ready; nobody sees those of another."""
+        predictor = self.predictors[task]
+        if not options:
+            return predictor
+        key = json.dumps([task, options], sort_keys=True)
+        variant = self._variants.pop(key, None) or predictor.with_options(**options)
+        self._variants[key] = variant
+        if len(self._variants) > MAX_OPTION_SETS:
+            self._variants.popitem(last=False)
+        return variant
+
+    def _report(self, task: str, report: BatchReport) -> None:
+        self.on_batch(task, report, self._batchers[task].n_waiting_tokens)
+
+    def _forward(self, predictor: Predictor) -> Callable[[list[Window]], Any]:
+        async def forward(windows: list[Window]) -> list[Rows]:
+            try:
+                return await asyncio.wrap_future(predictor.begin_forward(windows))
+            except DeviceError as error:
+                # The next health check says so, and the process is replaced.
+                self._broken = str(error)
+                logger.error("device lost: %s", error)
+                raise
+
+        return forward
+
+    async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+
+    async def _warm_up(self, task: str) -> None:
+        item = {"id": "warm-up", "text": WARM_UP["text"], "fields": WARM_UP}
+        answer = await self.answer(Ask(task, [item], {}, self.config.hang_s))
+        problem = answer.message if isinstance(answer, Refusal) else _first_error(answer)
+        if problem is not None:
+            raise EngineError(f"{task}: no answer to the first text: {problem}")
+        predictor = self.predictors[task]
+        if predictor.device.type == "cuda":
+            # The largest batch: if memory is too small for it, batches become smaller now.
+            await asyncio.wrap_future(predictor.begin_forward(_largest_batch(predictor)))
+
+
+def _length(window: Window) -> int:
+    return len(window.ids)
+
+
+def _first_error(served: Served) -> str | None:
+    errors = (result["error"]["message"] for result in served.results if "error" in result)
+    return next(errors, None)
+
+
+def _largest_batch(predictor: Predictor) -> list[Window]:
+    """Windows that fill the budget, each another one: equal ones would be computed once."""
+    n_tokens = predictor.config.window_tokens
+    count = max(1, predictor.max_batch_tokens // n_tokens)
+    vocab_size = predictor.model.config.vocab_size
+    windows = []
+    for i in range(count):
+        ids = np.full(n_tokens, vocab_size - 1, dtype=np.int64)
+        ids[0] = i % vocab_size
+        windows.append(Window(ids, 0, n_tokens - 2, 1))
+    return windows
+
+
+def _decode(
+    predictor: Predictor, waiting: Sequence[tuple[int, Encoded]], rows: Sequence[Rows]
+) -> list[tuple[int, Outcome | Encoded]]:
+    outcomes = []
+    first = 0
+    for i, item in waiting:
+        last = first + len(item.windows)
+        outcomes.append((i, predictor.decode(item, rows[first:last])))
+        first = last
+    return outcomes
+
+
+def _results(predictor: Predictor, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """Outcomes as mappings with the columns that a batch run would write."""
+    done = [outcome for outcome in outcomes if isinstance(outcome, Prediction)]
+    columns = predictor.task.columns([outcome.value for outcome in done])
+    names = predictor.task.schema.names
+    rows = iter(pa.table(columns, names=names).to_pylist() if done else [])
+    return [_failed(o) if isinstance(o, Failure) else _row(o, next(rows)) for o in outcomes]
+
+
+def _row(prediction: Prediction, values: dict[str, Any]) -> dict[str, Any]:
+    row = {
+        "id": prediction.id,
+        **values,
+        "n_tokens": prediction.n_tokens,
+        "n_windows": prediction.n_windows,
+        "truncated": prediction.truncated,
+    }
+    if prediction.language is not None:
+        row["detected_language"] = prediction.language
+    return row
+
+
+def _failed(failure: Failure) -> dict[str, Any]:
+    is_ours = failure.stage == "forward"
+    error = {
+        "message": failure.reason,
+        "type": "server_error" if is_ours else "invalid_request_error",
+        "code": f"{failure.stage}_failed",
+    }
+    return {"id": failure.id, "error": error}
+
+
+class _Clock:
+    """Adds the time spent inside to a field of a Timing."""
+
+    def __init__(self, timing: Timing, name: str) -> None:
+        self._timing, self._name = timing, name
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        spent = time.perf_counter() - self._started
+        setattr(self._timing, self._name, getattr(self._timing, self._name) + spent)

@@ -1,0 +1,96 @@
+"""Which tasks a model can do; and its predictors, which hold once what their heads share."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from erniem_batch import storage
+from erniem_batch.config import DEMO
+from erniem_batch.errors import ConfigError
+from erniem_batch.model.config import ErnieMConfig
+from erniem_batch.model.fetch import STORAGE_SCHEMES, local_folder
+from erniem_batch.options import TASKS
+from erniem_batch.predictor import Predictor
+from erniem_batch.serve.config import ModelConfig
+from erniem_batch.tasks.make import TASK_OF_HEAD
+
+# Where `finetune` puts what several heads share.
+ENCODER = "encoder"
+
+
+def model_folders(config: ModelConfig) -> dict[str, Path]:
+    """The folder of each task.
+
+    Raises:
+        ConfigError: no such model, or it cannot do what is asked.
+    """
+    if config.model == DEMO:
+        return {task: local_folder(DEMO, task) for task in config.tasks or TASKS}
+    many = _heads_of(config)
+    if many:
+        return many
+    folder = local_folder(config.model, "")
+    if config.tasks:
+        return dict.fromkeys(config.tasks, folder)
+    heads = ErnieMConfig.from_pretrained(folder).architectures or ()
+    tasks = [TASK_OF_HEAD[head] for head in heads if head in TASK_OF_HEAD] or ["embed"]
+    return dict.fromkeys(tasks, folder)
+
+
+def _heads_of(config: ModelConfig) -> dict[str, Path]:
+    """The folders that a training of several tasks left, if it is one."""
+    scheme, _, _ = config.model.rpartition("://")
+    if scheme not in ("", *STORAGE_SCHEMES):
+        return {}
+    names = {task: ENCODER if task == "embed" else task for task in TASKS}
+    urls = {t: storage.join(storage.normal(config.model), n) for t, n in names.items()}
+    if storage.stat(storage.join(urls["embed"], "config.json")) is None:
+        return {}
+    there = [
+        task
+        for task in config.tasks or TASKS
+        if storage.stat(storage.join(urls[task], "config.json")) is not None
+    ]
+    absent = [task for task in config.tasks if task not in there]
+    if absent:
+        raise ConfigError(
+            f"model={config.model!r} has no head for {absent[0]}; it has {', '.join(there)}"
+        )
+    return {task: local_folder(urls[task], task) for task in there}
+
+
+def load_predictors(config: ModelConfig, folders: Mapping[str, Path]) -> dict[str, Predictor]:
+    """A predictor for each task.
+
+    Raises:
+        ConfigError, CheckpointError: see `Predictor.load`.
+    """
+    predictors: dict[str, Predictor] = {}
+    kept: dict[str, list[Tensor]] = {}
+    for task, folder in folders.items():
+        predictors[task] = Predictor.load(replace(config.predictor(task), model=str(folder)))
+        share_weights(predictors[task].model, kept)
+    return predictors
+
+
+def share_weights(model: nn.Module, kept: dict[str, list[Tensor]]) -> None:
+    """Weights that are equal to some of a model before, in value and in name, become the same
+    memory.
+
+    Args:
+        kept: of the models so far, by name; those of this one are added.
+    """
+    for name, parameter in model.named_parameters():
+        twins = kept.setdefault(name, [])
+        twin = next((t for t in twins if _is_equal(t, parameter.data)), None)
+        if twin is None:
+            twins.append(parameter.data)
+        else:
+            parameter.data = twin
+
+
+def _is_equal(one: Tensor, other: Tensor) -> bool:
+    same = (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+    return same and bool((one == other).all())

@@ -1,0 +1,235 @@
+"""What a service may be told, who may ask it, and which messages it understands."""
+
+import json
+from dataclasses import fields
+
+import pytest
+from pydantic import ValidationError
+
+from erniem_batch.cli import main
+from erniem_batch.config import PredictorConfig
+from erniem_batch.errors import ConfigError
+from erniem_batch.model.config import ErnieMConfig
+from erniem_batch.options import OPTIONS, TASKS, options_of
+from erniem_batch.serve.config import AppConfig, Autoscaling, ModelConfig, app_config
+from erniem_batch.serve.flags import ServeFlags
+from erniem_batch.serve.messages import (
+    EXAMPLES,
+    NOT_ONLINE,
+    OPTION_MODELS,
+    REQUESTS,
+    RESULTS,
+    Done,
+    Failed,
+    given_options,
+    items_of,
+)
+from erniem_batch.serve.models import model_folders
+from erniem_batch.serve.tokens import VARIABLE, allowed_hashes, hash_of, is_allowed, new_token
+from erniem_batch.tasks.make import make_task
+
+# ---- settings -----------------------------------------------------------------------------------
+
+
+def test_the_shorthand_is_one_model():
+    config = app_config({"model": "some/folder", "tasks": "ner, classify", "num_cpus": "2"})
+    (only,) = config.all_models
+    assert (only.name, only.model, only.tasks) == ("default", "some/folder", ("ner", "classify"))
+    assert only.predictor("ner").n_threads == 2
+    assert only.predictor("ner").device == "cpu"
+    assert AppConfig().all_models[0].name == "demo"
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"modell": "demo"}, ["modell", "not permitted"]),
+        ({"models": [{"name": "a", "tasks": ["nerd"]}]}, ["models.0.tasks.0", "'ner'"]),
+        ({"models": [{"name": "a"}, {"name": "a"}]}, ["a name of its own"]),
+        ({"models": [{"name": "a/b"}]}, ["models.0.name"]),
+        ({"models": [{"name": "a"}], "model": "b"}, ["model: say it in models"]),
+        ({"models": [{"options": {"ner": {"top_k": 1}}}]}, ["ner has no option 'top_k'"]),
+        ({"models": [{"options": {"ner": {"min_score": 7}}}]}, ["min_score must be from 0 to 1"]),
+        ({"models": [{"overlap_tokens": 0, "max_batch_tokens": 8}]}, ["raise max_batch_tokens"]),
+        ({"models": [{"replicas": {"min_replicas": 3, "max_replicas": 2}}]}, ["min_replicas=3"]),
+        ({"request_timeout_s": 0}, ["request_timeout_s", "greater than 0"]),
+        ({"tokens": ["secret"]}, ["tokens.0"]),
+    ],
+)
+def test_mistakes_are_named(values, words):
+    with pytest.raises(ConfigError) as error:
+        app_config(values)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_settings_of_a_file_and_of_flags(tmp_path):
+    path = tmp_path / "serve.yaml"
+    path.write_text("models:\n- {name: a, model: demo, tasks: [ner]}\nrequest_timeout_s: 5\n")
+    config = ServeFlags(config=str(path)).app_config(2)
+    assert config.all_models[0] == ModelConfig(name="a", tasks=("ner",))
+    assert config.request_timeout_s == 5
+    assert ServeFlags().app_config(cores=2).num_cpus == 2
+    assert ServeFlags().app_config(cores=64).num_cpus == 4
+    assert ServeFlags(num_gpus=1).app_config(64).all_models[0].predictor("qa").device == "cuda"
+    assert ServeFlags(tasks="qa").app_config(2).tasks == ("qa",)
+    for flags, words in (
+        (ServeFlags(config=str(path), model="x"), "--config says all"),
+        (ServeFlags(config=str(tmp_path / "none.yaml")), "there is no file"),
+        (ServeFlags(tls_cert="a"), "go together"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            flags.app_config(2)
+    path.write_text("- a\n")
+    with pytest.raises(ConfigError, match="expected a mapping"):
+        ServeFlags(config=str(path)).app_config(2)
+
+
+def test_what_a_model_can_do(service_dir, ner_model_dir):
+    folders = model_folders(ModelConfig(name="m", model=str(service_dir)))
+    assert set(folders) == set(TASKS)
+    assert folders["embed"].name == "encoder"
+    assert set(model_folders(ModelConfig(name="m", model=str(ner_model_dir)))) == {"ner"}
+    two = ModelConfig(name="m", model=str(service_dir), tasks=("qa", "ner"))
+    assert list(model_folders(two)) == ["qa", "ner"]
+    with pytest.raises(ConfigError, match="is not a folder"):
+        model_folders(ModelConfig(name="m", model=str(service_dir / "none")))
+
+
+def test_a_training_lacks_a_head(service_dir, tmp_path):
+    (tmp_path / "encoder").symlink_to(service_dir / "encoder")
+    (tmp_path / "ner").symlink_to(service_dir / "ner")
+    assert set(model_folders(ModelConfig(name="m", model=str(tmp_path)))) == {"ner", "embed"}
+    with pytest.raises(ConfigError, match="no head for qa; it has ner"):
+        model_folders(ModelConfig(name="m", model=str(tmp_path), tasks=("ner", "qa")))
+
+
+def test_the_builder_makes_a_deployment_of_each_model():
+    serve_app = pytest.importorskip("erniem_batch.serve.app")
+    one = serve_app.app(AppConfig(num_cpus=2))
+    assert one._bound_deployment.name == "http"
+    assert one._bound_deployment.ray_actor_options["num_cpus"] == 2
+    scaling = Autoscaling(min_replicas=0, max_replicas=3)
+    models = (ModelConfig(name="a", num_gpus=0.5, replicas=scaling), ModelConfig(name="b"))
+    many = serve_app.app(AppConfig(models=models))._bound_deployment
+    assert many.ray_actor_options["num_cpus"] == serve_app.HTTP_CPUS
+    front, handles = many.init_args
+    assert front.models == (), "a change of a model is none of the front"
+    assert list(handles) == ["a", "b"]
+    deployment = handles["a"]._bound_deployment
+    assert deployment.ray_actor_options["num_gpus"] == 0.5
+    assert deployment._deployment_config.autoscaling_config.max_replicas == 3
+
+
+# ---- tokens -------------------------------------------------------------------------------------
+
+
+def test_tokens_come_from_settings_file_and_environment(tmp_path, monkeypatch):
+    tokens = [new_token() for _ in range(3)]
+    assert len({token for token, _ in tokens}) == 3
+    hashes = [digest for _, digest in tokens]
+    path = tmp_path / "tokens"
+    path.write_text(f"# who may ask\n\n{hashes[1]}  the nightly job\n")
+    monkeypatch.setenv(VARIABLE, hashes[2])
+    config = AppConfig(tokens=(hashes[0],), tokens_file=str(path))
+    assert sorted(allowed_hashes(config)) == sorted(hashes)
+    for token, _ in tokens:
+        assert is_allowed(f"Bearer {token}", hashes)
+        assert is_allowed(f"bearer {token}", hashes)
+        assert not is_allowed(f"Basic {token}", hashes)
+        assert not is_allowed(token, hashes)
+    for wrong in (
+        None,
+        "",
+        "Bearer",
+        "Bearer ",
+        "Bearer x",
+        f"Bearer {hashes[0]}",
+        "Bearer \udcff",
+    ):
+        assert not is_allowed(wrong, hashes)
+
+
+def test_without_tokens_everybody_may(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert allowed_hashes(AppConfig()) == ()
+    assert is_allowed(None, ())
+
+
+@pytest.mark.parametrize("content", ["", "# nobody\n", "my-secret-token\n", "ABC\n"])
+def test_a_file_of_tokens_that_is_none_opens_no_door(tmp_path, content):
+    path = tmp_path / "tokens"
+    path.write_text(content)
+    with pytest.raises(ConfigError) as error:
+        allowed_hashes(AppConfig(tokens_file=str(path)))
+    assert "my-secret" not in str(error.value)
+    with pytest.raises(ConfigError, match="there is no file"):
+        allowed_hashes(AppConfig(tokens_file=str(tmp_path / "none")))
+
+
+def test_the_command_makes_a_token(capsys):
+    assert main(["token"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert hash_of(made["token"]) == made["sha256"]
+
+
+# ---- messages -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_options_are_those_of_the_command_line(task):
+    """Under the same names, with the same defaults."""
+    online = {f.alias: f for f in OPTION_MODELS[task].model_fields.values()}
+    offline = {f.name: f for f in fields(OPTIONS[task]) if f.name not in NOT_ONLINE}
+    assert set(online) == set(offline)
+    for name, field in offline.items():
+        default = online[name].default
+        assert (tuple(default) if isinstance(default, list) else default) == field.default, name
+        assert online[name].description, name
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_results_are_the_columns_of_a_batch(task, tokenizer):
+    values = {"schema": ["Person"], "output_json": True} if task == "extract" else {}
+    config = PredictorConfig(options=options_of(task, values))
+    model = ErnieMConfig(vocab_size=len(tokenizer)).with_labels(["O", "B-PER"])
+    schema = make_task(config, tokenizer, model).schema
+    own = set(RESULTS[task].model_fields) - set(Done.model_fields)
+    assert own == set(schema.names)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_examples_are_valid(task):
+    for value in EXAMPLES[task].values():
+        request = REQUESTS[task].model_validate(value)
+        options = given_options(request.options)
+        assert set(options) == set(value.get("options", {}))
+        options_of(task, options)
+        items = items_of(task, request.inputs)
+        assert all(isinstance(item["text"], str) for item in items)
+    assert Failed.model_fields.keys() == {"id", "error"}
+
+
+@pytest.mark.parametrize(
+    ("task", "body", "place"),
+    [
+        ("ner", {}, "inputs"),
+        ("ner", {"inputs": 3}, "inputs.0"),
+        ("ner", {"inputs": [None]}, "inputs.0"),
+        ("ner", {"inputs": {"text": 3}}, "inputs.0.text"),
+        ("ner", {"inputs": "a", "extra": 1}, "extra"),
+        ("ner", {"inputs": "a", "options": {"min_score": "thresholds.json"}}, "options.min_score"),
+        ("ner", {"inputs": "a", "options": {"offset_unit": "utf8"}}, "options.offset_unit"),
+        ("qa", {"inputs": "a"}, "inputs.0"),
+        ("qa", {"inputs": {"question": "a"}}, "inputs.0.context"),
+        ("qa", {"inputs": [], "options": {"top_k": 0}}, "options.top_k"),
+        ("choose", {"inputs": {"premise": "a", "choices": []}}, "inputs.0.choices"),
+        ("embed", {"inputs": "a", "options": {"pooling": "none"}}, "options.pooling"),
+        ("extract", {"inputs": "a", "options": {"taskflow_compat": True}}, "taskflow_compat"),
+    ],
+)
+def test_what_is_no_request(task, body, place):
+    with pytest.raises(ValidationError) as error:
+        REQUESTS[task].model_validate(body)
+    places = [".".join(map(str, item["loc"])) for item in error.value.errors()]
+    assert any(place in found for found in places), places
