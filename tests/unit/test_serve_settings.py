@@ -1,9 +1,12 @@
 """What a service may be told, who may ask it, and which messages it understands."""
 
+import importlib
 import json
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from erniem_batch.cli import main
@@ -105,7 +108,7 @@ def test_a_training_lacks_a_head(service_dir, tmp_path):
 
 
 def test_the_builder_makes_a_deployment_of_each_model():
-    serve_app = pytest.importorskip("erniem_batch.serve.app")
+    serve_app = pytest.importorskip("erniem_batch.serve.deployments")
     one = serve_app.app(AppConfig(num_cpus=2))
     assert one._bound_deployment.name == "http"
     assert one._bound_deployment.ray_actor_options["num_cpus"] == 2
@@ -119,6 +122,25 @@ def test_the_builder_makes_a_deployment_of_each_model():
     deployment = handles["a"]._bound_deployment
     assert deployment.ray_actor_options["num_gpus"] == 0.5
     assert deployment._deployment_config.autoscaling_config.max_replicas == 3
+
+
+def test_the_file_for_clusters_is_right():
+    """Serve itself takes misspelt keys in silence."""
+    from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
+
+    path = Path(__file__).parents[2] / "deploy" / "serve.yaml"
+    values = yaml.safe_load(path.read_text())
+    assert set(values) <= set(ServeDeploySchema.model_fields)
+    assert set(values["http_options"]) <= {*HTTPOptionsSchema.model_fields}
+    (application,) = values["applications"]
+    assert set(application) <= set(ServeApplicationSchema.model_fields)
+    ServeDeploySchema(**values)
+    config = app_config(application["args"])
+    assert [model.name for model in config.all_models] == ["names", "rest"]
+    assert config.request_timeout_s < values["http_options"]["request_timeout_s"]
+    module, _, name = application["import_path"].partition(":")
+    for _ in range(2):  # a module of the same name must not come in between
+        assert callable(getattr(importlib.import_module(module), name))
 
 
 # ---- tokens -------------------------------------------------------------------------------------

@@ -1,0 +1,271 @@
+"""The service on a real Ray Serve: one model, several models, their failures and their changes."""
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fakes import save_tiny_ner_model, save_tiny_service
+
+from erniem_batch import ErnieMTokenizer
+from erniem_batch.serve.config import AppConfig, ModelConfig
+
+SIZES = {"window_tokens": 64, "overlap_tokens": 16, "max_batch_tokens": 256, "num_cpus": 0.1}
+TEXT = "Ada Lovelace lived in London, 北京は大きい都市です。"
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def service_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: ErnieMTokenizer) -> Path:
+    """Tiny models of all tasks, to be served together."""
+    return save_tiny_service(tmp_path_factory.mktemp("service"), tokenizer)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="module")
+def url(local_ray: None) -> Iterator[str]:
+    """A Ray Serve on the Ray of these tests, without any application."""
+    from ray import serve
+
+    port = free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": 60})
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+
+
+@pytest.fixture
+def run(url: str) -> Iterator[Callable[[AppConfig], None]]:
+    """Runs an application, in place of the one before; ends it after the test."""
+    from ray import serve
+
+    from erniem_batch.serve import app
+
+    def start(config: AppConfig) -> None:
+        serve.run(app(config), name="test", route_prefix="/")
+
+    yield start
+    serve.delete("test")
+
+
+def ask(url: str, text: str = TEXT, task: str = "ner", **body: Any) -> httpx.Response:
+    return httpx.post(f"{url}/v1/{task}", json={"inputs": text, **body}, timeout=60)
+
+
+async def many(url: str, n: int, seconds: float = 60.0, **body: Any) -> list[httpx.Response]:
+    limits = httpx.Limits(max_connections=n)
+    async with httpx.AsyncClient(limits=limits, timeout=seconds) as client:
+        posts = [client.post(f"{url}/v1/ner", json={"inputs": TEXT, **body}) for _ in range(n)]
+        return await asyncio.gather(*posts)
+
+
+class Load:
+    """Asks again and again from a few threads until it is ended; counts what came."""
+
+    def __init__(self, url: str, threads: int = 4) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
+        self.counts: Counter[int | str] = Counter()
+        self.digests: set[str] = set()
+        self._url, self._threads, self._ended = url, threads, False
+        self._pool = ThreadPoolExecutor(threads)
+
+    def __enter__(self) -> "Load":
+        for _ in range(self._threads):
+            self._pool.submit(self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended = True
+        self._pool.shutdown()
+
+    def _ask(self) -> None:
+        while not self._ended:
+            try:
+                with httpx.Client(timeout=60) as client:
+                    response = client.post(f"{self._url}/v1/ner", json={"inputs": TEXT})
+                self.counts[response.status_code] += 1
+            except httpx.TransportError as error:
+                self.counts[type(error).__name__] += 1
+
+
+def one_model(folder: Path, **changes: Any) -> AppConfig:
+    model = ModelConfig(name="tiny", model=str(folder), **{**SIZES, **changes})
+    return AppConfig(models=(model,))
+
+
+# ---- tests --------------------------------------------------------------------------------------
+
+
+def test_one_model(url, run, service_dir, tmp_path):
+    run(one_model(service_dir, tasks=("ner", "embed")))
+    response = ask(url)
+    assert response.status_code == 200
+    assert response.json()["results"][0]["entities"]
+    assert response.headers["x-request-id"]
+    assert httpx.get(f"{url}/readyz").status_code == 200
+    response = httpx.post(f"{url}/v1/ner", json={}, headers={"x-request-id": "mine"})
+    assert response.status_code == 422
+    assert response.json()["error"]["request_id"] == "mine"
+    assert ask(url, task="qa").status_code == 422
+    response = httpx.post(f"{url}/v1/qa", json={"inputs": {"question": "a", "context": "b"}})
+    assert response.status_code == 404
+    # The proxy has 60 s, the caller less; ours ends first.
+    late = httpx.post(
+        f"{url}/v1/ner", json={"inputs": TEXT}, headers={"x-request-timeout-seconds": "0.0001"}
+    )
+    assert late.status_code in (408, 504)
+    statuses = Counter(r.status_code for r in asyncio.run(many(url, 64)))
+    assert statuses == {200: 64}
+
+
+def test_a_change_of_model_under_load(url, run, service_dir, tokenizer, tmp_path):
+    """No request fails, and the new model is ready before the old one goes."""
+    other = save_tiny_ner_model(tmp_path / "other", tokenizer, num_hidden_layers=1)
+    run(one_model(service_dir, tasks=("ner",)))
+    before = httpx.get(f"{url}/v1/models").json()["data"][0]["digests"]["ner"]
+    with Load(url) as load:
+        time.sleep(1)
+        run(one_model(other))
+        after = httpx.get(f"{url}/v1/models").json()["data"][0]["digests"]["ner"]
+        time.sleep(1)
+    assert before != after
+    assert set(load.counts) == {200}
+    assert load.counts[200] > 20
+
+
+def test_a_replica_that_dies_is_replaced(url, run, service_dir):
+    from ray import serve
+
+    run(one_model(service_dir, tasks=("ner",)))
+    with Load(url) as load:
+        time.sleep(1)
+        deployment = serve.status().applications["test"].deployments["http"]
+        assert deployment.replica_states == {"RUNNING": 1}
+        os.kill(replica_pid(), signal.SIGKILL)
+        time.sleep(1)
+        give_up = time.monotonic() + 60
+        while ask(url).status_code != 200:
+            assert time.monotonic() < give_up, load.counts
+            time.sleep(0.2)
+        good = load.counts[200]
+        time.sleep(1)
+    assert load.counts[200] > good, "and goes on"
+    assert sum(n for status, n in load.counts.items() if status not in (200, 503)) <= 8, load.counts
+
+
+def replica_pid() -> int:
+    """The process of the only replica of "http"."""
+    from ray.serve.context import _get_global_client
+
+    details = _get_global_client().get_serve_details()
+    (replica,) = details["applications"]["test"]["deployments"]["http"]["replicas"]
+    return int(replica["pid"])
+
+
+def test_several_models(url, run, service_dir, ner_model_dir):
+    """Each a deployment of its own; what they refuse reaches the client as what it is."""
+    models = (
+        ModelConfig(name="names", model=str(ner_model_dir), max_queue_tokens=200, **SIZES),
+        ModelConfig(name="rest", model=str(service_dir), tasks=("qa", "ner", "embed"), **SIZES),
+    )
+    run(AppConfig(models=models))
+    assert ask(url).json()["model"] == "names", "the first that can"
+    assert ask(url, model="rest").json()["model"] == "rest"
+    assert ask(url, task="embed").json()["model"] == "rest"
+    assert ask(url, model="none").status_code == 404
+    assert ask(url, task="embed", model="names").status_code == 404
+    cards = httpx.get(f"{url}/v1/models").json()["data"]
+    assert [card["id"] for card in cards] == ["names", "rest"]
+    assert httpx.get(f"{url}/healthz").json() == {"status": "ok", "problems": []}
+    responses = asyncio.run(many(url, 150))
+    assert set(r.status_code for r in responses) <= {200, 429}
+    refused = [r for r in responses if r.status_code == 429]
+    assert refused, "150 times 20 tokens do not fit into a queue of 200"
+    assert all(int(r.headers["retry-after"]) >= 1 for r in refused)
+    assert all(r.json()["error"]["code"] == "queue_full" for r in refused)
+    assert ask(url).status_code == 200
+
+
+def test_a_child_that_has_no_room(url, service_dir, monkeypatch):
+    """Serve's own refusal, of a deployment behind the one that speaks HTTP, is a 429 too."""
+    from ray import serve
+
+    from erniem_batch.serve import app
+
+    models = tuple(
+        ModelConfig(name=name, model=str(service_dir), tasks=("ner",), **SIZES) for name in "ab"
+    )
+    monkeypatch.setattr("erniem_batch.serve.deployments.MAX_QUEUED_REQUESTS", 1)
+    monkeypatch.setattr("erniem_batch.serve.deployments.MAX_ONGOING_REQUESTS", 1)
+    application = app(AppConfig(models=models))
+    monkeypatch.undo()
+    front = application._bound_deployment
+    roomy = front.options(max_ongoing_requests=500, max_queued_requests=-1)
+    serve.run(roomy.bind(*front.init_args), name="test", route_prefix="/")
+    try:
+        statuses = Counter(r.status_code for r in asyncio.run(many(url, 40)))
+        assert set(statuses) == {200, 429}, statuses
+    finally:
+        serve.delete("test")
+
+
+def drawn_metrics() -> set[str]:
+    """Names of all metrics that the dashboard draws."""
+    path = Path(__file__).parents[2] / "deploy" / "grafana-serve.json"
+    names = set(re.findall(r"ray_erniem_serve_[a-z_]+", path.read_text()))
+    assert len(names) >= 10
+    # Nothing is padded where one text is asked at a time.
+    return names - {"ray_erniem_serve_padding_tokens_total"}
+
+
+def test_the_command_serves_and_ends(service_dir, tmp_path):
+    """`erniem-batch serve` as people run it: its own Ray, and a calm end on SIGTERM."""
+    port = free_port()
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    command = [
+        sys.executable,
+        "-c",
+        "from erniem_batch.cli import program; raise SystemExit(program())",
+        "serve",
+        *("--model", str(service_dir), "--tasks", "ner,qa", "--port", str(port)),
+    ]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        give_up = time.monotonic() + 100
+        while "end with Ctrl-C" not in (tmp_path / "log").read_text():
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < give_up
+            time.sleep(0.5)
+        assert ask(f"http://127.0.0.1:{port}").status_code == 200
+        (metrics,) = re.findall(r"http://\S+/metrics", (tmp_path / "log").read_text())
+        give_up = time.monotonic() + 60
+        while absent := drawn_metrics() - set(
+            re.findall(r"^(ray_erniem_serve_\w+)\{", httpx.get(metrics).text, flags=re.M)
+        ):
+            assert time.monotonic() < give_up, absent
+            ask(f"http://127.0.0.1:{port}")
+            time.sleep(1)
+        started = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        assert time.monotonic() - started < 45
+    finally:
+        process.kill()
+        process.wait()
