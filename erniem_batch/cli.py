@@ -365,6 +365,50 @@ def serve(flags: Annotated[ServeFlags, Flat] | None = None) -> int:
 
 
 @app.command
+def parity(
+    output: str,
+    *,
+    endpoint: str,
+    rows: int = 200,
+    tolerance: float | None = None,
+    seed: int = 7,
+    model: str | None = None,
+    token_env: str | None = None,
+    timeout: float = 60.0,
+) -> int:
+    """Ask a service for rows of a batch output, and demand equal answers.
+
+    With the options of the run, and those of its dead letters that can be sent, which the service
+    must refuse too. On stdout one line of JSON with figures; ids and places only, never text.
+
+    Exit codes: 0 equal, 1 different (or another model), 2 wrong usage or settings, 3 the service
+    cannot be reached.
+
+    Args:
+        output: Folder or URL of a finished run, which carries what it has read.
+        endpoint: Address of the service, such as http://127.0.0.1:8000.
+        rows: How many to ask for, drawn from all files.
+        tolerance: Largest difference between numbers that counts as none. Default: 1e-5, or 2e-2
+            for a run in half precision.
+        seed: Of the drawing.
+        model: Which model of the service to ask. Default: its first for the task.
+        token_env: Environment variable with the bearer token.
+        timeout: Seconds for one request.
+    """
+    from erniem_batch.client import Client
+    from erniem_batch.serve.parity import compare, show
+
+    secret = None if token_env is None else os.environ.get(token_env)
+    if token_env is not None and not secret:
+        raise ConfigError(f"--token-env {token_env}: there is no such environment variable")
+    with Client(endpoint, secret, timeout=timeout) as client:
+        report = compare(output, client, n_rows=rows, tolerance=tolerance, seed=seed, model=model)
+    show(report, Console(stderr=True))
+    print(report.as_line())
+    return report.exit_code
+
+
+@app.command
 def token() -> int:
     """Make a bearer token for `erniem-batch serve --tokens-file`.
 

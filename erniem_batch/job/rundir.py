@@ -99,7 +99,8 @@ class RunFolder:
         return None if data is None else RunInfo(**json.loads(data))
 
     def write_info(self, info: RunInfo) -> None:
-        text = json.dumps(asdict(info), indent=1, sort_keys=True, default=str)
+        # Not sorted: a schema is asked in its own order.
+        text = json.dumps(asdict(info), indent=1, default=str)
         storage.write(f"{self._folder}/run.json", text.encode())
 
     def write_report(self, line: str) -> None:

@@ -8,7 +8,7 @@ import logging
 import math
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -331,19 +331,19 @@ def _health_router(service: _Service) -> APIRouter:
 def _page_router() -> APIRouter:
     """A page to try things, as files that were read once."""
     router = APIRouter(include_in_schema=False)
-    for path in sorted(PAGE.iterdir()) if PAGE.is_dir() else []:
-        if path.suffix not in PAGE_TYPES:
-            continue
-        response = Response(
-            path.read_bytes(), media_type=PAGE_TYPES[path.suffix], headers=PAGE_HEADERS
-        )
+    for path in sorted(PAGE.iterdir()):
         address = "/" if path.name == "index.html" else f"/{path.name}"
-
-        async def page(response: Response = response) -> Response:
-            return response
-
-        router.add_api_route(address, page, methods=["GET"], response_model=None)
+        router.add_api_route(address, _file(path), methods=["GET"], response_model=None)
     return router
+
+
+def _file(path: Path) -> Callable[[], Awaitable[Response]]:
+    content, kind = path.read_bytes(), PAGE_TYPES[path.suffix]
+
+    async def file() -> Response:
+        return Response(content, media_type=kind, headers=PAGE_HEADERS)
+
+    return file
 
 
 # ---- errors -------------------------------------------------------------------------------------

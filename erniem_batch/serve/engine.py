@@ -38,6 +38,7 @@ Rows = FloatArray | Failure
 TEXT_THREADS = 2
 # Sets of options that requests have brought, kept ready.
 MAX_OPTION_SETS = 256
+WARM_UP_S = 600.0
 WARM_UP = {
     "text": "Ada Lovelace lived in London.",
     "question": "Who?",
@@ -197,6 +198,8 @@ class Engine:
             "labels": labels,
             "digests": digests,
             "window_tokens": self.config.window_tokens,
+            "overlap_tokens": self.config.overlap_tokens,
+            "detect_language": self.config.detect_language,
             "dtype": self.config.dtype,
         }
 
@@ -212,7 +215,7 @@ class Engine:
             message = f"no answer within {ask.seconds:g} s: ask for less at a time, or later"
             return Refusal(504, "deadline_exceeded", message)
         except ConfigError as error:
-            return Refusal(422, "invalid_option", str(error), "options")
+            return Refusal(422, "invalid_option", str(error), _option_of(ask, str(error)))
         except QueueFullError as error:
             return Refusal(429, "queue_full", str(error), retry_after=error.retry_after)
         except ClosedError:
@@ -278,7 +281,7 @@ class Engine:
         predictor = self.predictors[task]
         if not options:
             return predictor
-        key = json.dumps([task, options], sort_keys=True)
+        key = json.dumps([task, options])  # not sorted: a schema is answered in its own order
         variant = self._variants.pop(key, None) or predictor.with_options(**options)
         self._variants[key] = variant
         if len(self._variants) > MAX_OPTION_SETS:
@@ -305,7 +308,7 @@ class Engine:
 
     async def _warm_up(self, task: str) -> None:
         item = {"id": "warm-up", "text": WARM_UP["text"], "fields": WARM_UP}
-        answer = await self.answer(Ask(task, [item], {}, self.config.hang_s))
+        answer = await self.answer(Ask(task, [item], {}, WARM_UP_S))
         problem = answer.message if isinstance(answer, Refusal) else _first_error(answer)
         if problem is not None:
             raise EngineError(f"{task}: no answer to the first text: {problem}")
@@ -317,6 +320,12 @@ class Engine:
 
 def _length(window: Window) -> int:
     return len(window.ids)
+
+
+def _option_of(ask: Ask, message: str) -> str:
+    """Which option is wrong: messages begin with its name, where there is one."""
+    name = message.partition(" ")[0]
+    return f"options.{name}" if name in ask.options else "options"
 
 
 def _first_error(served: Served) -> str | None:

@@ -50,8 +50,10 @@ ONLINE_HELP = {
     "any depth; as JSON, or as text (JSON, YAML, or names with commas between them).",
     "candidate_labels": "Zero-shot: labels to choose from; needs a model with an entailment label.",
 }
-# Decided when a model is loaded, or of no use in an answer by HTTP.
-NOT_ONLINE = {"taskflow_compat"}
+# Lists here, in Python what nobody can change.
+TUPLES = {"candidate_labels", "question_template"}
+# Decided when a model is loaded: see ModelConfig.options.
+NOT_ONLINE = {"extract": {"taskflow_compat"}, "embed": {"pooling"}}
 
 
 def _options_model(task: str) -> type[Message]:
@@ -62,11 +64,9 @@ def _options_model(task: str) -> type[Message]:
     definitions: dict[str, Any] = {}
     for field in fields(source):
         name = field.name
-        if name in NOT_ONLINE:
+        if name in NOT_ONLINE.get(task, ()):
             continue
         type_ = ONLINE_TYPES.get(name, hints[name])
-        if task == "embed" and name == "pooling":
-            type_ = Literal["mean", "cls", "max", "pooler"]
         default = list(field.default) if isinstance(field.default, tuple) else field.default
         text = ONLINE_HELP.get(name) or " ".join((helps.get(name) or "").split())
         # `schema` is a method of pydantic's models.
@@ -86,8 +86,7 @@ OPTION_MODELS = {task: _options_model(task) for task in TASKS}
 def given_options(options: BaseModel) -> dict[str, Any]:
     """The options that a request names, as `Predictor.with_options` takes them."""
     given = options.model_dump(exclude_unset=True, by_alias=True)
-    return {k: tuple(v) if k in ("candidate_labels", "question_template") else v
-            for k, v in given.items()}  # fmt: skip
+    return {name: tuple(v) if name in TUPLES and v else v for name, v in given.items()}
 
 
 # ---- inputs -------------------------------------------------------------------------------------
@@ -384,6 +383,8 @@ class ModelCard(Message):
     labels: dict[str, list[str]] = Field(description="Of the tasks that have them.")
     digests: dict[str, str] = Field(description="SHA-256 of the model folder, for each task.")
     window_tokens: int
+    overlap_tokens: int
+    detect_language: bool
     dtype: str
 
 

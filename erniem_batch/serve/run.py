@@ -35,7 +35,7 @@ def serve(flags: ServeFlags, until: Callable[[], object] | None = None) -> None:
     from ray.serve.config import HTTPOptions
     from ray.serve.schema import LoggingConfig
 
-    from erniem_batch.serve.app import GRACE_S, app
+    from erniem_batch.serve.deployments import GRACE_S, app
 
     ended = threading.Event()
     if until is None:

@@ -54,6 +54,10 @@ class FinetuneConfig:
         layer_decay: Each layer learns so many times as fast as the one above it.
         frozen_layers: So many layers from below do not learn, nor do the embeddings.
         freeze_embeddings: The embeddings do not learn.
+        learn: What learns: all; or biases, which are the biases and norms of the encoder, and the
+            head: a thousandth of the model, enough to suit a shared encoder better to one task.
+        average: The weights that are measured and kept are a running mean over so large a share of
+            those before, such as 0.995. Default: none.
         weight_decay: Of matrices.
         warmup: Share of the steps in which the learning rate rises.
         max_grad_norm: Longer gradients are shortened.
@@ -72,6 +76,8 @@ class FinetuneConfig:
         teacher: embed: model whose vectors are to be kept. Default: the model as it was.
         storage: How the new model stores its weights: float16 is half as large, int8 a quarter and
             only for this package.
+        overlay: Write only what differs from --model, a local folder, to which the new one must
+            keep its place.
         address: Ray cluster to use. Default: inside a Ray job its own, else a local one.
         overwrite: Start anew although there is something else in the output.
 
@@ -99,6 +105,8 @@ class FinetuneConfig:
     layer_decay: float = 1.0
     frozen_layers: int = 0
     freeze_embeddings: Annotated[bool, Parameter(negative=())] = False
+    learn: Literal["all", "biases"] = "all"
+    average: float = 0.0
     weight_decay: float = 0.01
     warmup: float = 0.06
     max_grad_norm: float = 1.0
@@ -116,6 +124,7 @@ class FinetuneConfig:
     crop: int | None = None
     teacher: str | None = None
     storage: Literal["float32", "float16", "int8"] = "float32"
+    overlay: Annotated[bool, Parameter(negative=())] = False
     address: str | None = None
     overwrite: Annotated[bool, Parameter(negative=())] = False
 
@@ -139,7 +148,7 @@ class FinetuneConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{flag_name(name)} must be at least 1, got {value}")
-        for name in ("hold_out", "warmup", "join", "label_smoothing", "dropout"):
+        for name in ("hold_out", "warmup", "join", "label_smoothing", "dropout", "average"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ConfigError(f"{flag_name(name)} must be from 0 to below 1, got {value}")
@@ -150,6 +159,8 @@ class FinetuneConfig:
         for name in ("learning_rate", "head_rate", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{flag_name(name)} must be above 0, got {getattr(self, name)}")
+        if self.overlay and (len(self.tasks) > 1 or "://" in self.model + self.output):
+            raise ConfigError("--overlay is for one task, and for local folders")
         for name in ("train", "dev", "epochs", "max_length", "task_weight"):
             for value in getattr(self, name):
                 if _split(value)[0] not in (None, *self.tasks):

@@ -16,6 +16,7 @@ from erniem_batch.errors import StorageError
 from erniem_batch.model.checkpoint import PreTrainedModel, save_overlay
 from erniem_batch.model.config import ErnieMConfig
 from erniem_batch.model.encoder import ErnieMModel
+from erniem_batch.model.overlay import base_folder
 from erniem_batch.text.tokenizer import ErnieMTokenizer
 from erniem_batch.train.config import FinetuneConfig
 from erniem_batch.train.data import ENCODER
@@ -33,11 +34,13 @@ def export(
 ) -> None:
     """The trained models at `config.output`.
 
-    One task: the folder is its model. Several: the folder `encoder`, which is a model for
+    One task: the folder is its model, or with `overlay` what differs from the one that the training
+    started from. Several: the folder `encoder`, which is a model for
     embeddings, and beside it for each other task a small overlay of its name.
 
     Args:
-        start: model folder that the training started from: dropout is written as there.
+        start: model folder that the training started from, without its head: dropout is written as
+            there, and an overlay lies over it.
     """
     before = ErnieMConfig.from_pretrained(start)
     if config.storage == "float16":
@@ -48,6 +51,11 @@ def export(
         folder = Path(temporary)
         for task in tasks:
             _reset_dropout(heads[task], before)
+        if config.overlay:
+            below = base_folder(start) or start
+            save_overlay(heads[tasks[0]], Path(config.output), below, storage=stored)
+            logger.info("saved output=%s over=%s", config.output, below)
+            return
         if len(tasks) == 1:
             heads[tasks[0]].save_pretrained(folder, storage=stored)
             tokenizer.save_pretrained(folder)

@@ -41,6 +41,7 @@ HEADS_BY_TASK: dict[str, type[PreTrainedModel]] = {
 
 # In the checkpoints, but no loss reaches it.
 UNREAD = re.compile(r"models\.extract\.ernie_m\.pooler")
+ENCODER_PART = re.compile(r"\.ernie_m\.(encoder|embeddings)\.")
 LAYER = re.compile(r"encoder\.layers\.(\d+)\.")
 
 
@@ -226,6 +227,8 @@ class Rates:
         layer_decay: each layer below learns so many times as fast; the embeddings as the lowest.
         frozen_layers: so many layers from below do not learn, nor do the embeddings with them.
         frozen_embeddings: the embeddings do not learn.
+        only_biases: of the encoder, matrices and tables do not learn (BitFit, Ben Zaken et al.
+            2022, and norms).
         weight_decay: of matrices; tables, norms and biases do not decay.
     """
 
@@ -234,6 +237,7 @@ class Rates:
     layer_decay: float = 1.0
     frozen_layers: int = 0
     frozen_embeddings: bool = False
+    only_biases: bool = False
     weight_decay: float = 0.01
 
 
@@ -241,7 +245,9 @@ def make_optimizer(heads: SharedHeads, rates: Rates, n_layers: int) -> torch.opt
     """AdamW over what is to learn; the rest stops asking for gradients."""
     groups: dict[tuple[float, float], list[Tensor]] = defaultdict(list)
     for name, parameter in heads.named_parameters():  # each shared one once
-        rate = 0.0 if UNREAD.search(name) else learning_rate_of(name, rates, n_layers)
+        is_matrix_below = parameter.ndim == 2 and ENCODER_PART.search(name)
+        is_still = UNREAD.search(name) or (rates.only_biases and is_matrix_below)
+        rate = 0.0 if is_still else learning_rate_of(name, rates, n_layers)
         parameter.requires_grad_(rate > 0)
         if rate > 0:
             decays = parameter.ndim == 2 and "embeddings" not in name

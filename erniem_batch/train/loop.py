@@ -106,6 +106,7 @@ class Training:
     scaler: torch.amp.GradScaler
     progress: Progress = field(default_factory=Progress)
     best: dict[str, Tensor] | None = None
+    average: dict[str, Tensor] | None = None
 
 
 def train(config: FinetuneConfig, session: Session) -> Progress:
@@ -150,6 +151,7 @@ def prepare(config: FinetuneConfig, session: Session) -> Training:
         layer_decay=config.layer_decay,
         frozen_layers=config.frozen_layers,
         frozen_embeddings=config.freeze_embeddings,
+        only_biases=config.learn == "biases",
         weight_decay=config.weight_decay,
     )
     training = Training(
@@ -164,6 +166,8 @@ def prepare(config: FinetuneConfig, session: Session) -> Training:
         optimizer=make_optimizer(heads, rates, model_config.num_hidden_layers),
         scaler=torch.amp.GradScaler(session.device.type, enabled=config.dtype == "float16"),
     )
+    if config.average:
+        training.average = _copy_of(heads)
     if session.rank == 0:
         logger.info(
             "training tasks=%s rows=%d dev_rows=%d steps=%d trained_parameters=%d",
@@ -198,6 +202,7 @@ def run_steps(training: Training) -> None:
         scaler.step(training.optimizer)
         scaler.update()
         training.optimizer.zero_grad(set_to_none=True)
+        _add_to_average(training)
         progress.step += 1
         progress.tokens += sum(batch.n_tokens for batch in step)
         watch.saw(step, losses, float(norm))
@@ -205,6 +210,27 @@ def run_steps(training: Training) -> None:
             _measure_and_save(training, watch)
     if progress.step < len(training.steps) and session.rank == 0:
         logger.info("stopped early step=%d best_step=%d", progress.step, progress.best_step)
+
+
+@torch.no_grad()
+def _add_to_average(training: Training) -> None:
+    if training.average is not None:
+        for name, parameter in _trained(training.heads).items():
+            training.average[name].lerp_(parameter, 1 - training.config.average)
+
+
+@contextmanager
+def _averaged(training: Training) -> Iterator[None]:
+    """The mean of the weights in their place, where there is one."""
+    if training.average is None:
+        yield
+        return
+    last = _copy_of(training.heads)
+    _load_trained(training.heads, training.average)
+    try:
+        yield
+    finally:
+        _load_trained(training.heads, last)
 
 
 def _is_stale(config: FinetuneConfig, progress: Progress) -> bool:
@@ -271,6 +297,10 @@ def _is_encoder(name: str) -> bool:
 def _trained(heads: SharedHeads) -> dict[str, Tensor]:
     """Parameters that learn, by name, shared ones once."""
     return {name: p for name, p in heads.named_parameters() if p.requires_grad}
+
+
+def _copy_of(heads: SharedHeads) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in _trained(heads).items()}
 
 
 def _seed_of(seed: int, step: int, place: int) -> int:
@@ -365,11 +395,12 @@ def _measure_and_save(training: Training, watch: _Watch) -> None:
         "tokens": progress.tokens,
         "loss": _mean(list(losses.values())) if losses else None,
         **{f"loss.{task}": loss for task, loss in sorted(losses.items())},
-        **evaluate(training),
     }
-    progress.history.append(entry)
-    if best_of(progress.history) is entry:
-        training.best = {n: p.detach().cpu().clone() for n, p in _trained(training.heads).items()}
+    with _averaged(training):
+        entry |= evaluate(training)
+        progress.history.append(entry)
+        if best_of(progress.history) is entry:
+            training.best = {n: p.cpu() for n, p in _copy_of(training.heads).items()}
     figures = {key: round(v, 4) if isinstance(v, float) else v for key, v in entry.items()}
     if session.rank == 0:
         logger.info("measured %s", " ".join(f"{key}={value}" for key, value in figures.items()))
@@ -436,6 +467,7 @@ def _save(training: Training, path: Path) -> None:
         "scaler": training.scaler.state_dict(),
         "progress": vars(progress),
         "best": training.best,
+        "average": training.average,
     }
     torch.save(state, path)
 
@@ -446,7 +478,7 @@ def _restore(training: Training, path: Path) -> None:
     training.optimizer.load_state_dict(state["optimizer"])
     training.scaler.load_state_dict(state["scaler"])
     training.progress = Progress(**state["progress"])
-    training.best = state["best"]
+    training.best, training.average = state["best"], state["average"]
     if training.session.rank == 0:
         logger.info("going on from step=%d", training.progress.step)
 
