@@ -146,10 +146,7 @@ class ClassifyOptions(Options):
         if self.candidate_labels is not None and not self.labels:
             raise ConfigError("candidate_labels must name at least one label")
         if "{}" not in self.hypothesis_template:
-            raise ConfigError(
-                f"hypothesis_template must have a place {{}} for the label, "
-                f"got {self.hypothesis_template!r}"
-            )
+            raise ConfigError("hypothesis_template must have a place {} for the label")
 
     @property
     def labels(self) -> list[str]:
@@ -187,7 +184,7 @@ class ChooseOptions(Options):
         for given in self.question_template:
             if "=" not in given or "{premise}" not in given:
                 raise ConfigError(
-                    f"question_template must be VALUE=TEMPLATE with {{premise}}, got {given!r}"
+                    "question_template must be VALUE=TEMPLATE, with {premise} in TEMPLATE"
                 )
 
 

@@ -64,6 +64,7 @@ WORDS = {
     "string_unicode": "Input should be text without halves of surrogate pairs",
 }
 KINDS = {"bool", "dict", "float", "int", "list", "str"}
+UNANSWERED = 499  # the client went away before
 ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": Refused, "description": "The body is not JSON."},
@@ -128,12 +129,13 @@ def make_api(
         summary="Multilingual tagging with ErnieM: the predictor of the batch pipeline, online.",
         lifespan=lifespan,
         redoc_url=None,
+        redirect_slashes=False,
     )
     api.include_router(_models_router(service))
     api.include_router(_health_router(service))
     if config.page:
         api.include_router(_page_router())
-    for error in (RequestValidationError, HTTPException, Refuse, Exception):
+    for error in (RequestValidationError, HTTPException, Refuse):
         api.add_exception_handler(error, _on_error)
     if config.cors_origins:
         api.add_middleware(
@@ -373,6 +375,11 @@ async def _on_error(request: Request, error: Exception) -> Response:
     return Response(content, refusal.status, headers, media_type="application/json")
 
 
+async def _send_error(error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
+    response = await _on_error(Request(scope), error)
+    await response(scope, receive, send)
+
+
 def _refusal_of(error: Exception) -> Refusal:
     if isinstance(error, Refuse):
         return error.refusal
@@ -414,7 +421,8 @@ def _request_id(request: Request) -> str | None:
 
 
 class _Gate:
-    """Refuses bodies that are too large while they come in; tells how each request ended."""
+    """Refuses bodies that are too large while they come in; answers faults that nobody foresaw,
+    whose tracebacks could hold text of a document; tells how each request ended."""
 
     def __init__(self, app: ASGIApp, max_body_bytes: int, watch: Watcher) -> None:
         self._app = app
@@ -426,7 +434,7 @@ class _Gate:
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
-        status = 499  # the client went away, unless something is sent
+        status = UNANSWERED
         n_bytes = 0
         declared = dict(scope["headers"]).get(b"content-length", b"0")
 
@@ -453,8 +461,12 @@ class _Gate:
                 await self._app(scope, counted, noted)
             if n_bytes > self._max:
                 status = 413
-                response = await _on_error(Request(scope), Refuse(self._too_large()))
-                await response(scope, receive, send)
+                await _send_error(Refuse(self._too_large()), scope, receive, send)
+        except Exception as error:
+            if status != UNANSWERED:
+                raise
+            status = 500
+            await _send_error(error, scope, receive, send)
         finally:
             route = scope.get("route")
             path = getattr(route, "path", "other")

@@ -100,6 +100,7 @@ class Batcher(Generic[Item, Result]):
         max_batch_tokens: rows x longest of a batch; an item above it goes alone.
         max_queue_tokens: of all that waits; a request above it by itself is taken if nothing else
             waits.
+        pass_tokens: what a pass costs beside its tokens, in tokens; see `pick`.
         on_batch: told of every pass.
         turn: held during a pass; batchers that share a device share it, and take turns.
 
@@ -112,6 +113,7 @@ class Batcher(Generic[Item, Result]):
     length: Callable[[Item], int]
     max_batch_tokens: int
     max_queue_tokens: int
+    pass_tokens: int = 1 << 20
     on_batch: Callable[[BatchReport], None] = lambda report: None
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     _queue: deque[_Waiting[Item, Result]] = field(default_factory=deque, init=False)
@@ -199,7 +201,7 @@ class Batcher(Generic[Item, Result]):
     def _next_batch(self) -> list[_Waiting[Item, Result]]:
         """The oldest item, and those of the most similar length within the budget."""
         waiting = list(self._queue)
-        chosen = pick([entry.length for entry in waiting], self.max_batch_tokens)
+        chosen = pick([entry.length for entry in waiting], self.max_batch_tokens, self.pass_tokens)
         taken = set(chosen)
         self._queue = deque(entry for i, entry in enumerate(waiting) if i not in taken)
         batch = [waiting[i] for i in chosen]
@@ -257,21 +259,29 @@ class Batcher(Generic[Item, Result]):
         return n_tokens / self._tokens_per_s if self._tokens_per_s else 1.0
 
 
-def pick(lengths: Sequence[int], max_tokens: int) -> list[int]:
+def pick(lengths: Sequence[int], max_tokens: int, pass_tokens: int = 0) -> list[int]:
     """Which of the waiting items, oldest first, go into the next batch: the oldest, then those
-    nearest to its length, as long as rows x longest stays within the budget.
+    nearest to its length, as long as rows x longest stays within the budget and a token gets no
+    dearer by them.
+
+    Args:
+        pass_tokens: what a pass costs beside its tokens, in tokens. The smaller, the more a batch
+            of its own pays for items of another length.
 
     Example:
-        >>> pick([8, 100, 9, 7, 8], max_tokens=32)
+        >>> pick([8, 100, 9, 7, 8], max_tokens=32, pass_tokens=100)
         [0, 4, 2]
+        >>> pick([8, 100, 9, 7, 8], max_tokens=1024, pass_tokens=10)
+        [0, 4, 2, 3]
     """
     if not lengths:
         return []
-    chosen, longest = [0], lengths[0]
+    chosen, longest, real = [0], lengths[0], lengths[0]
     # Of two that are as near, the older.
     for i in sorted(range(1, len(lengths)), key=lambda i: (abs(lengths[i] - lengths[0]), i)):
-        wider = max(longest, lengths[i])
-        if wider * (len(chosen) + 1) <= max_tokens:
+        wider, n = max(longest, lengths[i]), len(chosen) + 1
+        before, after = pass_tokens + longest * (n - 1), pass_tokens + wider * n
+        if wider * n <= max_tokens and after * real <= before * (real + lengths[i]):
             chosen.append(i)
-            longest = wider
+            longest, real = wider, real + lengths[i]
     return chosen

@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from erniem_batch.serve.api import make_api
+from erniem_batch.serve.api import Refuse, make_api
 from erniem_batch.serve.config import MAX_ONGOING_REQUESTS, AppConfig, Autoscaling, ModelConfig
 from erniem_batch.serve.engine import Ask, Engine, EngineError, Refusal, Served
 from erniem_batch.serve.metrics import BatchMetrics, RequestMetrics
@@ -27,6 +27,8 @@ MAX_QUEUED_REQUESTS = 1024
 RETRY_AFTER_S = 1.0
 HEALTH_PERIOD_S = 5
 HEALTH_TIMEOUT_S = 30
+# How often a replica that ends looks whether it is done.
+DRAIN_PERIOD_S = 0.5
 # Beyond our own deadline: until then the proxy waits, and a replica that ends finishes its work.
 GRACE_S = 10.0
 # How long a model may be without any replica before callers are told.
@@ -38,8 +40,14 @@ class MeteredEngine(Engine):
 
     async def start(self) -> None:
         budgets = {task: predictor.max_batch_tokens for task, predictor in self.predictors.items()}
-        self.on_batch = BatchMetrics(self.config.name, await self.card(), budgets)
+        self.on_batch = self._metrics = BatchMetrics(self.config.name, await self.card(), budgets)
         await super().start()
+
+    def check(self) -> None:
+        # Serve asks every few seconds: what waits is told even when no pass runs any more.
+        for task, batcher in self._batchers.items():
+            self._metrics.set_waiting(task, batcher.n_waiting_tokens)
+        super().check()
 
 
 class ModelServer:
@@ -98,8 +106,15 @@ class RemoteEngine:
         return UNAVAILABLE
 
     async def card(self) -> dict[str, Any]:
-        """`messages.ModelCard`."""
-        card: dict[str, Any] = await self._handle.card.remote()
+        """`messages.ModelCard`.
+
+        Raises:
+            Refuse: there is no replica to ask.
+        """
+        try:
+            card: dict[str, Any] = await self._handle.card.remote()
+        except (RayActorError, DeploymentUnavailableError, BackPressureError):
+            raise Refuse(UNAVAILABLE) from None
         return card
 
     async def problem(self) -> str | None:
@@ -108,9 +123,11 @@ class RemoteEngine:
             async with asyncio.timeout(HEALTH_TIMEOUT_S):
                 problem: str | None = await self._handle.problem.remote()
                 return problem
+        except BackPressureError:
+            return None  # it has much to do
         except TimeoutError:
             return "no replica answers"
-        except (RayActorError, DeploymentUnavailableError, BackPressureError) as error:
+        except (RayActorError, DeploymentUnavailableError) as error:
             return type(error).__name__
 
 
@@ -177,6 +194,7 @@ def _options(name: str, args: AppConfig, model: ModelConfig | None) -> dict[str,
         "backpressure_config": {"status_code": 429, "retry_after_s": RETRY_AFTER_S},
         "health_check_period_s": HEALTH_PERIOD_S,
         "health_check_timeout_s": HEALTH_TIMEOUT_S,
+        "graceful_shutdown_wait_loop_s": DRAIN_PERIOD_S,
         "graceful_shutdown_timeout_s": args.request_timeout_s + GRACE_S,
     }
     if "max_surge_percent" in inspect.signature(serve.deployment).parameters:

@@ -36,6 +36,9 @@ Rows = FloatArray | Failure
 
 # For tokenizing and decoding; more would only wait for Python's lock.
 TEXT_THREADS = 2
+# What a forward pass costs beside its tokens, in tokens: on a CPU little, so that filling a batch
+# with padding does not pay (measured, tests/benchmarks/serve.py); a GPU waits to be filled.
+PASS_TOKENS = {"cpu": 35, "cuda": 4096}
 # Sets of options that requests have brought, kept ready.
 MAX_OPTION_SETS = 256
 WARM_UP_S = 600.0
@@ -149,6 +152,7 @@ class Engine:
                 _length,
                 max_batch_tokens=predictor.max_batch_tokens,
                 max_queue_tokens=self.config.max_queue_tokens,
+                pass_tokens=PASS_TOKENS[predictor.device.type],
                 on_batch=partial(self._report, task),
                 turn=turn,
             )
@@ -245,24 +249,15 @@ class Engine:
                 answered[i] = item
             else:
                 waiting.append((i, item))
-        is_first = True
-        while waiting:  # once, unless the task has follow-up questions
+        is_first, results = True, None
+        while results is None:  # once, unless the task has follow-up questions
             rows = await self._rows(ask.task, waiting, timing, accepted=not is_first)
             with _Clock(timing, "decode"):
-                decoded = await self._in_thread(_decode, predictor, waiting, rows)
-            waiting, is_first = [], False
-            for i, outcome in decoded:
-                if isinstance(outcome, Encoded):
-                    waiting.append((i, outcome))
-                else:
-                    answered[i] = outcome
-        with _Clock(timing, "decode"):
-            outcomes = [answered[i] for i in range(len(records))]
-            results = await self._in_thread(_results, predictor, outcomes)
-        done = [outcome for outcome in outcomes if isinstance(outcome, Prediction)]
-        return Served(
-            results, sum(p.n_tokens for p in done), sum(p.n_windows for p in done), timing
-        )
+                waiting, results = await self._in_thread(_read, predictor, waiting, rows, answered)
+            is_first = False
+        done = [outcome for outcome in answered.values() if isinstance(outcome, Prediction)]
+        n_tokens, n_windows = sum(p.n_tokens for p in done), sum(p.n_windows for p in done)
+        return Served(results, n_tokens, n_windows, timing)
 
     async def _rows(
         self, task: str, waiting: Sequence[tuple[int, Encoded]], timing: Timing, accepted: bool
@@ -346,16 +341,26 @@ def _largest_batch(predictor: Predictor) -> list[Window]:
     return windows
 
 
-def _decode(
-    predictor: Predictor, waiting: Sequence[tuple[int, Encoded]], rows: Sequence[Rows]
-) -> list[tuple[int, Outcome | Encoded]]:
-    outcomes = []
+def _read(
+    predictor: Predictor,
+    waiting: Sequence[tuple[int, Encoded]],
+    rows: Sequence[Rows],
+    answered: dict[int, Outcome],
+) -> tuple[list[tuple[int, Encoded]], list[dict[str, Any]] | None]:
+    """Adds the outcomes of those that waited; what there is to ask, or else the results of all."""
+    asking = []
     first = 0
     for i, item in waiting:
         last = first + len(item.windows)
-        outcomes.append((i, predictor.decode(item, rows[first:last])))
+        outcome = predictor.decode(item, rows[first:last])
+        if isinstance(outcome, Encoded):
+            asking.append((i, outcome))
+        else:
+            answered[i] = outcome
         first = last
-    return outcomes
+    if asking:
+        return asking, None
+    return [], _results(predictor, [answered[i] for i in range(len(answered))])
 
 
 def _results(predictor: Predictor, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:

@@ -4,14 +4,16 @@ Options are those of `erniem_batch.options`, results the columns of the batch ou
 names: a request and a row of a batch run differ in nothing but the way they travel.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Annotated, Any, Literal, get_type_hints
 
 from docstring_parser import parse
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
+from erniem_batch.errors import ConfigError
 from erniem_batch.options import OPTIONS, TASKS
+from erniem_batch.text.schema import MAX_DEPTH, schema_of_text
 
 MAX_ID_CHARACTERS = 256
 # More than anybody needs, and nothing overflows.
@@ -30,13 +32,62 @@ Score = Annotated[float, Field(ge=0, le=1)]
 MinScore = Score | dict[str, Score | dict[str, Score]]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 
+
+def _whole(text: str) -> str:
+    """Text as it is, if UTF-8 can hold it; in a batch run the rest ends as dead letters too."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("text must not have halves of surrogate pairs") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+
+
+def _schema(value: Any) -> Any:
+    """A schema that can be asked, as a list; text is read here, so that nobody takes it for the
+    name of a file. What is wrong is said without any name in it."""
+    try:
+        read = schema_of_text(value) if isinstance(value, str) else value
+    except ConfigError:
+        raise ValueError("text must be JSON, YAML or names with commas between them") from None
+    names = list(_names_of(read, 0))
+    if len(names) > MAX_COUNT:
+        raise ValueError(f"{len(names)} names; at most {MAX_COUNT}")
+    for name in names:
+        _whole(name)
+    return [read] if isinstance(read, str) else read
+
+
+def _names_of(value: Any, depth: int) -> Iterator[str]:
+    if depth > MAX_DEPTH:
+        raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _names_of(item, depth + 1)
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield name
+            if inner is not None:
+                yield from _names_of(inner, depth + 1)
+    else:
+        raise ValueError("each part must be a name, a list or an object")
+
+
+Schema = Annotated[str | list[Any] | dict[str, Any], AfterValidator(_schema)]
+
 # What the command line reads from files and from text is given in full here: a server opens no file
 # because a request names it.
 ONLINE_TYPES: dict[str, Any] = {
+    "hypothesis_template": Text,
+    "prefix": Text,
     "min_score": MinScore | None,
-    "schema": str | list[Any] | dict[str, Any] | None,
-    "candidate_labels": Annotated[list[str], Field(min_length=1, max_length=MAX_COUNT)] | None,
-    "question_template": list[str],
+    "schema": Schema | None,
+    "candidate_labels": Annotated[list[Text], Field(min_length=1, max_length=MAX_COUNT)] | None,
+    "question_template": list[Text],
     "top_k": Count,
     "max_answer_tokens": Count,
     "dimensions": Count | None,
@@ -95,8 +146,8 @@ def given_options(options: BaseModel) -> dict[str, Any]:
 class Item(Message):
     """One thing to work on. `id` comes back with its result; default: its place."""
 
-    id: Annotated[str, Field(max_length=MAX_ID_CHARACTERS)] | None = None
-    language: Annotated[str, Field(max_length=32)] | None = Field(
+    id: Annotated[Text, Field(max_length=MAX_ID_CHARACTERS)] | None = None
+    language: Annotated[Text, Field(max_length=32)] | None = Field(
         None, description="Of the text, such as de: for thresholds by language."
     )
 
@@ -104,36 +155,34 @@ class Item(Message):
 class TextItem(Item):
     """A text."""
 
-    text: str
+    text: Text
 
 
 class ClassifyItem(TextItem):
     """A text, or a pair of texts."""
 
-    text_pair: str | None = None
+    text_pair: Text | None = None
 
 
 class ChooseItem(Item):
     """A premise and its choices."""
 
-    premise: str
-    choices: Annotated[list[str], Field(min_length=1, max_length=MAX_COUNT)]
-    question: str | None = Field(None, description="Such as cause or effect.")
+    premise: Text
+    choices: Annotated[list[Text], Field(min_length=1, max_length=MAX_COUNT)]
+    question: Text | None = Field(None, description="Such as cause or effect.")
 
 
 class QaItem(Item):
     """A question, and the text in which the answer stands."""
 
-    question: str
-    context: str
+    question: Text
+    context: Text
 
 
 class ExtractItem(TextItem):
     """A text, perhaps with a schema of its own."""
 
-    schema_: str | list[Any] | dict[str, Any] | None = Field(
-        None, alias="schema", description="Instead of options.schema."
-    )
+    schema_: Schema | None = Field(None, alias="schema", description="Instead of options.schema.")
 
 
 # Under which name each task has its text.
@@ -340,7 +389,7 @@ RESPONSES = {task: _response_model(task) for task in TASKS}
 class EmbeddingsRequest(Message):
     """As OpenAI's, for texts; token ids are those of other models, so are not taken."""
 
-    input: str | Annotated[list[str], Field(min_length=1)]
+    input: Text | Annotated[list[Text], Field(min_length=1)]
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Count | None = None

@@ -81,4 +81,8 @@ class BatchMetrics:
         self._queue.observe(report.waited, tags=tags)
         self._forward.observe(report.seconds, tags=tags)
         self._fill.observe(min(1.0, report.n_padded_tokens / self._max[task]), tags=tags)
-        self._waiting.set(n_waiting_tokens, tags=tags)
+        self.set_waiting(task, n_waiting_tokens)
+
+    def set_waiting(self, task: str, n_tokens: int) -> None:
+        """Tokens that no pass has taken yet."""
+        self._waiting.set(n_tokens, tags=self._tags | {"task": task})

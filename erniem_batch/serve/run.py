@@ -68,7 +68,11 @@ def serve(flags: ServeFlags, until: Callable[[], object] | None = None) -> None:
         until()
     finally:
         console.print("finishing what was accepted …")
-        ray_serve.delete(NAME)
-        if is_local:
-            ray_serve.shutdown()
-            ray.shutdown()
+        try:
+            ray_serve.delete(NAME)
+        except TimeoutError:  # Serve waits a minute; a request may have taken longer
+            console.print("gave up waiting for the last requests")
+        finally:
+            if is_local:
+                ray_serve.shutdown()
+                ray.shutdown()

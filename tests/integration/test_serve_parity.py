@@ -1,4 +1,4 @@
-"""What a batch run writes and what the service answers (slow): 500 rows of each task, demo model."""
+"""What a batch run writes and what the service answers (slow): 500 rows of each task, the demo."""
 
 import json
 import socket

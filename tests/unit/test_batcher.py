@@ -46,13 +46,26 @@ async def ticks(n: int = 5) -> None:
         await asyncio.sleep(0)
 
 
-@given(LENGTHS, st.integers(1, 200))
-def test_what_is_picked(lengths, max_tokens):
-    chosen = pick(lengths, max_tokens)
+@given(LENGTHS, st.integers(1, 200), st.integers(0, 300))
+def test_what_is_picked(lengths, max_tokens, pass_tokens):
+    chosen = pick(lengths, max_tokens, pass_tokens)
     assert chosen[0] == 0, "the oldest"
     assert len(set(chosen)) == len(chosen)
-    padded = len(chosen) * max(lengths[i] for i in chosen)
+    longest, real = max(lengths[i] for i in chosen), sum(lengths[i] for i in chosen)
+    padded = len(chosen) * longest
     assert padded <= max_tokens or chosen == [0]
+    alone = (pass_tokens + lengths[0]) / lengths[0]
+    assert (pass_tokens + padded) / real <= alone + 1e-9, "no token is dearer than alone"
+    for i in set(range(len(lengths))) - set(chosen):
+        if lengths[i] == lengths[0]:
+            assert longest * (len(chosen) + 1) > max_tokens, (
+                "equals go together while there is room"
+            )
+
+
+@given(LENGTHS, st.integers(1, 200))
+def test_where_a_pass_is_dear_it_is_filled(lengths, max_tokens):
+    chosen = pick(lengths, max_tokens, pass_tokens=10**9)
     for i in set(range(len(lengths))) - set(chosen):
         wider = max([lengths[i], *(lengths[j] for j in chosen)])
         nearer = all(

@@ -469,15 +469,19 @@ def test_a_fault_of_ours_tells_where_and_not_what(run, monkeypatch, caplog):
 
 def test_closing_answers_what_was_accepted(loaded, monkeypatch):
     monkeypatch.setattr(Predictor, "close", lambda self: None)
+    valve = Valve(monkeypatch)
 
     async def test() -> None:
         engine = Engine(loaded.config, loaded.predictors, loaded.folders)
         await engine.start()
+        valve.apply()
         item = {"id": "0", "text": LONG, "fields": {}}
         asked = [asyncio.create_task(engine.answer(Ask("ner", [item], {}, 30))) for _ in range(5)]
-        while not engine._batchers["ner"].n_waiting_tokens:
-            await asyncio.sleep(0.01)
-        await asyncio.sleep(0.2)
+        tokens = -1
+        while (n := engine._batchers["ner"].n_waiting_tokens) != tokens or not n:
+            tokens = n  # they are tokenized one after the other
+            await asyncio.sleep(0.3)
+        valve.open.set()
         for batcher in engine._batchers.values():
             await batcher.close()
         answers = await asyncio.gather(*asked)

@@ -1,0 +1,526 @@
+"""The service under load on this machine, beside others, in one run.
+
+    python tests/benchmarks/serve.py [--seconds 20] [--repeat 3] [--infinity-python PATH] [--quick]
+
+The model is made here: ErnieM of the size of ernie-m-base with random weights, and heads for named
+entities and classification; --quick takes two layers and few measurements. Texts come one a
+request, from `wrk` (Debian's package) with 1, 8, 32 and 128 clients, each of which sends its next
+text when it has its answer. `short` texts have 10 to 40 tokens, of many languages; of `mixed` ones
+18 % have 100 to 400 tokens and 2 % have 700 to 1,500, which take several windows.
+
+  bare      Our Predictor in a loop, no service: one text a call, lists of 32, all in one call.
+            The better of the last two is the mark, 100 %. One forward pass is the mark of latency.
+  ours      `erniem-batch serve` behind Ray Serve's own proxy.
+  naive     transformers behind `@serve.batch`, as tutorials have it. It cuts long texts off, so of
+            `mixed` it computes less: compare tokens/s.
+  infinity  infinity-emb, of the Python given, for classification and embeddings. It does not know
+            ErnieM: it gets the same weights as an XLM-RoBERTa, which is the same network. Its
+            tokenizer is that of XLM-R, so counts of tokens differ a little.
+
+All have the same threads and float32. They take turns, each alone on the machine; with --repeat,
+in turned order every other round, and figures are medians of the rounds. The bare loop runs before
+and after the others: where it varies, the machine was busy with something else, and no target is
+called met or missed. A figure of few answers means little: give more --seconds. wrk fills its
+histogram of latencies with requests that were never sent, where answers are slow: that is taken
+out again. A table goes to stderr, one line of JSON to stdout.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import Request, urlopen
+
+from cyclopts import App
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).parent
+PARTS = HERE / "serve"
+REPOSITORY = HERE.parents[1]
+# The vocabulary of ERNIE-M where there is one beside the repository, else that of the demo.
+VOCAB = REPOSITORY.parent / "shared" / "vocab"
+DEMO_VOCAB = REPOSITORY / "erniem_batch" / "demo" / "encoder"
+CLIENTS = (1, 8, 32, 128)
+KINDS = ("short", "mixed")
+TASKS = ("ner", "classify", "embed")
+START_S = 300
+STOP_S = 60
+ANSWER_S = 300
+WARM_UP_S = 3
+TARGET_SHARE = 0.85
+TARGET_CLIENTS = 32
+TARGET_ADDED_MS = 15.0
+# A quiet machine is that steady.
+STEADY = 0.15
+
+app = App(help=__doc__)
+console = Console(stderr=True, width=120)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A server.
+
+    Attributes:
+        command: starts it; PORT stands for the port.
+        routes: for each task, where to send a text, and the body around it.
+        environment: what it needs beside that of all.
+    """
+
+    name: str
+    command: Sequence[str]
+    routes: Mapping[str, tuple[str, Callable[[str], Any]]]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one measurement showed.
+
+    Attributes:
+        p50_ms, p99_ms: None if nothing was answered.
+        server_ms: what the server says of a request, on average.
+    """
+
+    answers: int
+    texts_per_s: float
+    tokens_per_s: float
+    p50_ms: float | None
+    p99_ms: float | None
+    refused: int
+    broken: int
+    server_ms: dict[str, float]
+
+
+Key = tuple[str, str, str, int]  # contender, task, kind of text, clients
+
+
+# ---- contenders ---------------------------------------------------------------------------------
+
+
+def contenders(folder: Path, threads: int, infinity_python: Path | None) -> list[Contender]:
+    model = folder / "model"
+    script = Path(sys.executable).parent / "erniem-batch"
+    ours = Contender(
+        name="ours",
+        command=[str(script), "serve", "--model", str(model), "--tasks", ",".join(TASKS),
+                 "--num-cpus", str(threads), "--port", "PORT"],
+        routes={
+            "ner": ("/v1/ner", lambda text: {"inputs": text}),
+            "classify": ("/v1/classify", lambda text: {"inputs": text, "options": {"top_k": 3}}),
+            "embed": ("/v1/embeddings", lambda text: {"input": text}),
+        },
+    )  # fmt: skip
+    naive = Contender(
+        name="naive",
+        command=[sys.executable, str(PARTS / "naive.py"), str(model / "ner"), "PORT", str(threads)],
+        routes={"ner": ("/", lambda text: {"inputs": text})},
+        # Read when Ray is imported: without it, it would leave a token in the home folder.
+        environment={"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)},
+    )
+    if infinity_python is None:
+        return [ours, naive]
+    infinity = Contender(
+        name="infinity",
+        command=[
+            str(infinity_python.parent / "infinity_emb"), "v2", "--host", "127.0.0.1", "--port",
+            "PORT", "--engine", "torch", "--device", "cpu", "--dtype", "float32", "--batch-size",
+            "32", "--no-compile", "--no-bettertransformer", "--lengths-via-tokenize",
+            "--model-id", str(folder / "xlmr" / "classify"), "--served-model-name", "classify",
+            "--model-id", str(folder / "xlmr" / "embed"), "--served-model-name", "embed",
+        ],
+        routes={
+            "classify": ("/classify", lambda text: {"model": "classify", "input": [text]}),
+            "embed": ("/embeddings", lambda text: {"model": "embed", "input": text}),
+        },
+        environment={"DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
+    )  # fmt: skip
+    return [ours, naive, infinity]
+
+
+@contextmanager
+def running(contender: Contender, folder: Path, threads: int) -> Iterator[str]:
+    """The address of a server that answers, for as long as it is needed."""
+    port = free_port()
+    command = [str(port) if part == "PORT" else part for part in contender.command]
+    log_path = folder / f"{contender.name}.log"
+    with log_path.open("ab") as log:
+        process = subprocess.Popen(
+            command, env=environment(threads) | contender.environment, stdout=log, stderr=log
+        )
+    try:
+        address = f"http://127.0.0.1:{port}"
+        wait_for_answer(contender, address, process, log_path)
+        yield address
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Threads for all alike; a Ray that happens to run is left alone."""
+    mine = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    mine.pop("RAY_SERVE_ENABLE_HA_PROXY", None)
+    numbers = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    return mine | numbers | {"TOKENIZERS_PARALLELISM": "false"}
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def wait_for_answer(
+    contender: Contender, address: str, process: subprocess.Popen[bytes], log: Path
+) -> None:
+    end = time.monotonic() + START_S
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            for task in contender.routes:
+                ask(contender, address, task)
+            return
+        except (URLError, OSError):  # not there yet, or not ready
+            time.sleep(0.5)
+    tail = log.read_text(errors="replace")[-2000:]
+    raise SystemExit(f"{contender.name} did not start:\n{tail}")
+
+
+def ask(contender: Contender, address: str, task: str) -> None:
+    """One request; when it is answered, so are all before it."""
+    path, body_of = contender.routes[task]
+    body = json.dumps(body_of("Ada Lovelace lived in London.")).encode()
+    headers = {"Content-Type": "application/json"}
+    with urlopen(Request(address + path, body, headers), timeout=ANSWER_S) as response:
+        response.read()
+
+
+# ---- measurements -------------------------------------------------------------------------------
+
+
+def measure_server(
+    contender: Contender, folder: Path, plan: Sequence[tuple[str, str, int]], seconds: float,
+    threads: int,
+) -> dict[Key, Load]:  # fmt: skip
+    """All of a server, started for it."""
+    found: dict[Key, Load] = {}
+    with running(contender, folder, threads) as address:
+        warm: set[tuple[str, str]] = set()
+        for task, kind, n_clients in plan:
+            if task not in contender.routes:
+                continue
+            path, body_of = contender.routes[task]
+            bodies = folder / f"{contender.name}-{task}-{kind}.jsonl"
+            texts = json.loads((folder / f"{kind}.json").read_text())
+            bodies.write_text("".join(f"{json.dumps(body_of(text))}\n" for text in texts))
+            if (task, kind) not in warm:
+                put_under_load(address + path, bodies, 8, min(WARM_UP_S, seconds))
+                warm.add((task, kind))
+            ask(contender, address, task)
+            load = put_under_load(address + path, bodies, n_clients, seconds)
+            found[contender.name, task, kind, n_clients] = load
+            tell(contender.name, task, kind, n_clients, load)
+    return found
+
+
+def put_under_load(url: str, bodies: Path, n_clients: int, seconds: float) -> Load:
+    command = ["wrk", "-t1", f"-c{n_clients}", f"-d{max(1, round(seconds))}s",
+               "--timeout", f"{ANSWER_S}s", "-s", str(PARTS / "load.lua"), url,
+               "--", str(bodies)]  # fmt: skip
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    seen = json.loads(done.stdout.splitlines()[-1])
+    n_answers = max(1, seen["requests"])
+    latencies = latencies_of(seen, n_clients)
+    spent = seen["micros"] / 1e6
+    return Load(
+        answers=seen["requests"],
+        texts_per_s=(seen["requests"] - seen["refused"]) / spent,
+        tokens_per_s=seen["tokens"] / spent,
+        p50_ms=percentile(latencies, 0.50),
+        p99_ms=percentile(latencies, 0.99),
+        refused=seen["refused"],
+        broken=seen["broken"],
+        server_ms={name: round(ms / n_answers, 1) for name, ms in seen["spent_ms"].items()},
+    )
+
+
+def latencies_of(seen: Mapping[str, Any], n_clients: int) -> dict[int, int]:
+    """How many requests took so many microseconds.
+
+    wrk 4 adds, for each request that took twice the usual time or more, those that an open queue
+    would have seen meanwhile (stats_correct in its stats.c). Ours is closed: from the slowest down,
+    they are taken out again.
+    """
+    counts: Counter[int] = Counter(dict(seen["histogram"]))
+    a_client = seen["requests"] // n_clients
+    if a_client and counts.total() > seen["requests"]:
+        usual = seen["micros"] // a_client
+        for micros in sorted(counts, reverse=True):
+            if micros < 2 * usual:
+                break
+            added = micros - usual
+            while counts[micros] and added > usual:
+                counts[added] -= counts[micros]
+                added -= usual
+    if counts.total() != seen["requests"]:
+        raise SystemExit(f"{counts.total()} latencies of {seen['requests']} requests: another wrk?")
+    return counts
+
+
+def percentile(counts: Mapping[int, int], share: float) -> float | None:
+    """In milliseconds; None of nothing."""
+    left = share * sum(counts.values())
+    for micros in sorted(counts):
+        left -= counts[micros]
+        if left <= 0:
+            return micros / 1000
+    return None
+
+
+def measure_bare(folder: Path, kind: str, seconds: float, threads: int) -> dict[str, Any]:
+    command = [sys.executable, str(PARTS / "bare.py"), str(folder / "model" / "ner"), "ner",
+               str(folder / f"{kind}.json"), str(seconds)]  # fmt: skip
+    done = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, env=environment(threads)
+    )
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    console.print(f"bare {kind}: {json.dumps(report)}", highlight=False)
+    return report
+
+
+def measure_marks(
+    bare: Mapping[str, list[dict[str, Any]]], folder: Path, seconds: float, threads: int
+) -> None:
+    for kind, many in bare.items():
+        many.append(measure_bare(folder, kind, seconds, threads))
+
+
+def tell(name: str, task: str, kind: str, n_clients: int, load: Load) -> None:
+    console.print(
+        f"{name} {task} {kind} clients={n_clients} {load.texts_per_s:.1f} texts/s "
+        f"p50={millis(load.p50_ms)} ms p99={millis(load.p99_ms)} ms {load.server_ms or ''}",
+        highlight=False,
+    )
+
+
+# ---- report -------------------------------------------------------------------------------------
+
+
+def millis(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"
+
+
+def middle(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Medians of numbers, and of numbers in mappings; None where one is missing."""
+    found: dict[str, Any] = {}
+    for name in rounds[0]:
+        values = [one.get(name) for one in rounds]
+        if None in values:
+            found[name] = None
+        elif isinstance(values[0], Mapping):
+            found[name] = middle(values)
+        else:
+            found[name] = round(statistics.median(values), 2)
+    return found
+
+
+def marks(bare: Mapping[str, dict[str, Any]]) -> dict[str, float]:
+    """Texts a second that are 100 %, by kind."""
+    return {
+        kind: max(found["lists"]["texts_per_s"], found["all"]["texts_per_s"])
+        for kind, found in bare.items()
+    }
+
+
+def spread_of(rounds: Sequence[Mapping[str, Any]]) -> float:
+    """By how much the slowest measurement of a mark was below the fastest, at worst."""
+    speeds = [[one[way]["texts_per_s"] for one in rounds] for way in ("one", "lists", "all")]
+    return max(1 - min(values) / max(values) for values in speeds)
+
+
+def targets(
+    loads: Mapping[Key, dict[str, Any]], bare: Mapping[str, Any], spreads: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """What the service promises, and whether it holds; None where the mark itself moved, since
+    then something else was running, and nothing can be said."""
+    found: list[dict[str, Any]] = []
+    for kind, mark in marks(bare).items():
+        busy = loads.get(("ours", "ner", kind, TARGET_CLIENTS))
+        if busy is not None:
+            share = busy["texts_per_s"] / mark
+            lists = busy["texts_per_s"] / bare[kind]["lists"]["texts_per_s"]
+            # A short run ends before its longest texts do: then only tokens compare.
+            tokens = max(bare[kind][way]["tokens_per_s"] for way in ("lists", "all"))
+            found.append({"target": f"{kind}: share of bare at {TARGET_CLIENTS} clients",
+                          "limit": TARGET_SHARE, "is": round(share, 3),
+                          "of_lists": round(lists, 3),
+                          "in_tokens": round(busy["tokens_per_s"] / tokens, 3),
+                          "met": share >= TARGET_SHARE})  # fmt: skip
+        lonely = loads.get(("ours", "ner", kind, 1))
+        if lonely is not None and lonely["p50_ms"] is not None:
+            added = lonely["p50_ms"] - bare[kind]["one"]["forward_ms"]
+            found.append({"target": f"{kind}: ms added to a forward pass, p50, 1 client",
+                          "limit": TARGET_ADDED_MS, "is": round(added, 1),
+                          "met": added <= TARGET_ADDED_MS})  # fmt: skip
+        if spreads[kind] > STEADY:
+            for target in found:
+                if target["target"].startswith(kind):
+                    target |= {"met": None, "why": f"bare itself varied by {spreads[kind]:.0%}"}
+    return found
+
+
+def ratios(loads: Mapping[Key, dict[str, Any]]) -> dict[str, float]:
+    """Ours by the others, in texts a second (naive: in tokens, since it drops some)."""
+    found = {}
+    for (name, task, kind, n_clients), load in loads.items():
+        mine = loads.get(("ours", task, kind, n_clients))
+        unit = "tokens_per_s" if name == "naive" else "texts_per_s"
+        if name != "ours" and mine is not None and load[unit]:
+            found[f"{name} {task} {kind} {n_clients}"] = round(mine[unit] / load[unit], 2)
+    return found
+
+
+def print_table(
+    loads: Mapping[Key, dict[str, Any]], all_loads: Mapping[Key, Sequence[Load]],
+    bare: Mapping[str, dict[str, Any]],
+) -> None:  # fmt: skip
+    table = Table("task", "texts", "clients", "server", "texts/s", "of rounds", "answers",
+                  "tokens/s", "p50 ms", "p99 ms", "not 2xx", "of bare")  # fmt: skip
+    mark = marks(bare)
+    for kind, found in bare.items():
+        for way in ("one", "lists", "all"):
+            values = found[way]
+            table.add_row(
+                "ner", kind, "-", f"bare, {way}", f"{values['texts_per_s']:.1f}", "", "",
+                f"{values['tokens_per_s']:.0f}" if way != "one" else "",
+                f"{values['forward_ms']:.0f}" if way == "one" else "", "", "",
+                f"{values['texts_per_s'] / mark[kind]:.0%}",
+            )  # fmt: skip
+    for key in sorted(loads, key=lambda key: (key[1] != "ner", *key[1:], key[0])):
+        name, task, kind, n_clients = key
+        load = loads[key]
+        speeds = [one.texts_per_s for one in all_loads[key]]
+        share = f"{load['texts_per_s'] / mark[kind]:.0%}" if kind in mark else ""
+        table.add_row(
+            task, kind, str(n_clients), name, f"{load['texts_per_s']:.1f}",
+            f"{min(speeds):.1f}-{max(speeds):.1f}", f"{load['answers']:.0f}",
+            f"{load['tokens_per_s']:.0f}", millis(load["p50_ms"]), millis(load["p99_ms"]),
+            f"{load['refused'] + load['broken']:.0f}", share,
+        )  # fmt: skip
+    console.print(table)
+
+
+@app.default
+def main(
+    *,
+    seconds: float = 20,
+    repeat: int = 1,
+    infinity_python: Path | None = None,
+    quick: bool = False,
+    clients: list[int] | None = None,
+    kinds: list[str] | None = None,
+    tasks: list[str] | None = None,
+    threads: int = 2,
+    vocab: Path | None = None,
+) -> None:
+    """Prints a table on stderr and a line of JSON.
+
+    Args:
+        seconds: Of each measurement.
+        repeat: Rounds.
+        infinity_python: Python with infinity-emb 0.0.78 (`pip install torch==2.13.0
+            "infinity-emb[server,torch]" "click<8.2" "typer<0.13"`); default: left out.
+        quick: A model of two layers, two measurements a server: to see that it all works.
+        clients: How many at a time.
+        kinds: Of texts: short, mixed.
+        tasks: ner, classify, embed. The naive server does ner, infinity the others.
+        threads: Of torch, for all.
+        vocab: Folder with the vocabulary of the model; default: ../shared/vocab beside the
+            repository if it is there, else that of the demo.
+    """
+    if shutil.which("wrk") is None:
+        raise SystemExit("wrk is not installed (Debian: apt install wrk)")
+    seconds = min(seconds, 2) if quick else seconds
+    n_clients = clients or ([1, TARGET_CLIENTS] if quick else CLIENTS)
+    kinds = kinds or (["mixed"] if quick else list(KINDS))
+    tasks = tasks or (["ner", "embed"] if quick and infinity_python else list(TASKS))
+    vocab = vocab or (DEMO_VOCAB if quick or not VOCAB.is_dir() else VOCAB)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        make_inputs(folder, vocab, quick)
+        servers = contenders(folder, threads, infinity_python)
+        plan = [p for p in product(tasks, kinds, n_clients) if not quick or p[0] == tasks[0]
+                or p[2] == TARGET_CLIENTS]  # fmt: skip
+        loads: dict[Key, list[Load]] = {}
+        bare: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
+        machine = [os.getloadavg()[0]]
+        for number in range(repeat):
+            measure_marks(bare, folder, seconds, threads)
+            for server in servers if number % 2 == 0 else reversed(servers):
+                if not set(tasks) & set(server.routes):
+                    continue
+                found = measure_server(server, folder, plan, seconds, threads)
+                for key, load in found.items():
+                    loads.setdefault(key, []).append(load)
+                machine.append(os.getloadavg()[0])
+            # Once more: if it is not the same, the machine was not quiet.
+            measure_marks(bare, folder, seconds, threads)
+    spreads = {kind: round(spread_of(many), 3) for kind, many in bare.items()}
+    medians = {key: middle([asdict(one) for one in many]) for key, many in loads.items()}
+    bare_medians = {kind: middle(many) for kind, many in bare.items()}
+    print_table(medians, loads, bare_medians)
+    line = {
+        "seconds": seconds,
+        "rounds": repeat,
+        "threads": threads,
+        "cores": os.cpu_count(),
+        "layers": layers(quick),
+        "vocabulary": vocab.name,
+        "load_average": [round(value, 1) for value in machine],
+        "infinity": "measured" if infinity_python else "skipped: no --infinity-python",
+        "bare": bare_medians,
+        "bare_spread": spreads,
+        "targets": targets(medians, bare_medians, spreads),
+        "ours_by": ratios(medians),
+        "loads": {" ".join(map(str, key)): value for key, value in medians.items()},
+    }
+    for target in line["targets"]:
+        console.print(target, highlight=False)
+    if infinity_python is None:
+        console.print("infinity: skipped, no --infinity-python", highlight=False)
+    print(json.dumps(line))
+
+
+def layers(quick: bool) -> int:
+    return 2 if quick else 12
+
+
+def make_inputs(folder: Path, vocab: Path, quick: bool) -> None:
+    console.print("making models and texts …")
+    command = [sys.executable, str(PARTS / "inputs.py"), str(folder), "--vocab", str(vocab),
+               "--layers", str(layers(quick))]  # fmt: skip
+    subprocess.run(command, check=True)
+
+
+if __name__ == "__main__":
+    app()
