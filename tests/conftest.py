@@ -28,7 +28,7 @@ class ByCost(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         path = nodeid.partition("::")[0]
-        if path.endswith("test_training.py"):  # may run beside the other servers
+        if path.endswith(("test_training.py", "test_serve_hostile.py")):  # beside other servers
             return path
         if "/fault/" in path or "/integration/" in path:
             return "servers"

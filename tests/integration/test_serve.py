@@ -149,6 +149,7 @@ def test_a_change_of_model_under_load(url, run, service_dir, tokenizer, tmp_path
     assert load.counts[200] > 20
 
 
+@pytest.mark.slow  # as all that tests/fault/serve_drill.py goes deeper into
 def test_a_replica_that_dies_is_replaced(url, run, service_dir):
     from ray import serve
 
@@ -202,6 +203,7 @@ def test_several_models(url, run, service_dir, ner_model_dir):
     assert ask(url).status_code == 200
 
 
+@pytest.mark.slow
 def test_a_child_that_has_no_room(url, service_dir, monkeypatch):
     """Serve's own refusal, of a deployment behind the one that speaks HTTP, is a 429 too."""
     from ray import serve
