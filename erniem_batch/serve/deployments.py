@@ -19,6 +19,7 @@ from ray.serve.handle import DeploymentHandle
 from erniem_batch.serve.api import Refuse, make_api
 from erniem_batch.serve.config import MAX_ONGOING_REQUESTS, AppConfig, Autoscaling, ModelConfig
 from erniem_batch.serve.engine import Ask, Engine, EngineError, Refusal, Served
+from erniem_batch.serve.memory import Trimmer
 from erniem_batch.serve.metrics import BatchMetrics, RequestMetrics
 
 HTTP_CPUS = 0.5
@@ -40,6 +41,7 @@ class MeteredEngine(Engine):
 
     async def start(self) -> None:
         budgets = {task: predictor.max_batch_tokens for task, predictor in self.predictors.items()}
+        self._trimmer = Trimmer()
         self.on_batch = self._metrics = BatchMetrics(self.config.name, await self.card(), budgets)
         await super().start()
 
@@ -47,6 +49,7 @@ class MeteredEngine(Engine):
         # Serve asks every few seconds: what waits is told even when no pass runs any more.
         for task, batcher in self._batchers.items():
             self._metrics.set_waiting(task, batcher.n_waiting_tokens)
+        self._threads.submit(self._trimmer)
         super().check()
 
 

@@ -36,6 +36,8 @@ Rows = FloatArray | Failure
 
 # For tokenizing and decoding; more would only wait for Python's lock.
 TEXT_THREADS = 2
+# Characters of a text that is read on the event loop itself.
+SMALL_TEXT = 1000
 # What a forward pass costs beside its tokens, in tokens: on a CPU little, so that filling a batch
 # with padding does not pay (measured, tests/benchmarks/serve.py); a GPU waits to be filled.
 PASS_TOKENS = {"cpu": 35, "cuda": 4096}
@@ -240,8 +242,9 @@ class Engine:
         timing = Timing()
         predictor = self._predictor(ask.task, ask.options)
         records = [Record(item["id"], item["text"], item["fields"]) for item in ask.items]
+        run = self._directly if _is_small(ask) else self._in_thread
         with _Clock(timing, "tokenize"):
-            encoded = await self._in_thread(predictor.encode, records)
+            encoded = await run(predictor.encode, records)
         answered: dict[int, Outcome] = {}
         waiting: list[tuple[int, Encoded]] = []
         for i, item in enumerate(encoded):
@@ -253,7 +256,7 @@ class Engine:
         while results is None:  # once, unless the task has follow-up questions
             rows = await self._rows(ask.task, waiting, timing, accepted=not is_first)
             with _Clock(timing, "decode"):
-                waiting, results = await self._in_thread(_read, predictor, waiting, rows, answered)
+                waiting, results = await run(_read, predictor, waiting, rows, answered)
             is_first = False
         done = [outcome for outcome in answered.values() if isinstance(outcome, Prediction)]
         n_tokens, n_windows = sum(p.n_tokens for p in done), sum(p.n_windows for p in done)
@@ -301,6 +304,9 @@ class Engine:
     async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
+    async def _directly(self, function: Callable[..., T], *arguments: Any) -> T:
+        return function(*arguments)
+
     async def _warm_up(self, task: str) -> None:
         item = {"id": "warm-up", "text": WARM_UP["text"], "fields": WARM_UP}
         answer = await self.answer(Ask(task, [item], {}, WARM_UP_S))
@@ -321,6 +327,13 @@ def _option_of(ask: Ask, message: str) -> str:
     """Which option is wrong: messages begin with its name, where there is one."""
     name = message.partition(" ")[0]
     return f"options.{name}" if name in ask.options else "options"
+
+
+def _is_small(ask: Ask) -> bool:
+    """Whether its text takes less time to read than another thread takes to begin: half a
+    millisecond on the event loop harms nobody."""
+    is_plain = ask.task in ("ner", "classify", "embed") and not ask.options
+    return is_plain and len(ask.items) == 1 and len(ask.items[0]["text"]) <= SMALL_TEXT
 
 
 def _first_error(served: Served) -> str | None:

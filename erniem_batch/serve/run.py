@@ -26,6 +26,9 @@ def serve(flags: ServeFlags, until: Callable[[], object] | None = None) -> None:
     cores = os.cpu_count() or 1
     config = flags.app_config(cores)
     allowed_hashes(config)  # said now, not by a replica later
+    # One event loop in a replica instead of three. Ours is always free, which Serve does not trust
+    # it to be; a lonely request is answered some milliseconds earlier. Read when Ray starts.
+    os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
     cpus = sum(model.num_cpus for model in config.all_models)
     is_local = connect_to(
         flags.address, max(cores, -int(-cpus // 1)) + SPARE_CPUS, flags.metrics_port
