@@ -12,6 +12,9 @@ ErnieMBatchError
 No message ever holds document text: ids, lengths, positions and type names only.
 """
 
+import traceback
+from pathlib import Path
+
 
 class ErnieMBatchError(Exception):
     """Base of all errors raised on purpose by this package."""
@@ -43,3 +46,10 @@ class StorageError(ErnieMBatchError):
 
 class Conflict(StorageError):
     """A control file was changed by somebody else first."""
+
+
+def fault_of(error: Exception) -> str:
+    """A fault of ours in words: what it was, and where it happened. Its message could hold text of
+    a document."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in {Path(frame.filename).name}:{frame.lineno}"

@@ -5,7 +5,7 @@ The batch job, the online service and `pipeline` all use this one class.
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
@@ -43,6 +43,10 @@ from erniem_batch.text.tokenizer import ErnieMTokenizer
 logger = logging.getLogger(__name__)
 
 MAX_REASON_CHARS = 300
+
+# Of the model for each window.
+Rows = FloatArray | Failure
+Rounds = Generator[list[Window], Sequence[Rows], list[Outcome]]
 
 
 def usable_device(name: str | None) -> torch.device:
@@ -134,6 +138,19 @@ class Predictor:
 
     def predict(self, records: Sequence[Record]) -> list[Outcome]:
         """One outcome for each record, in the same order. A bad record never harms another."""
+        rounds = self.rounds(records)
+        try:
+            windows = next(rounds)
+            while True:
+                windows = rounds.send(self.forward(windows))
+        except StopIteration as end:
+            outcomes: list[Outcome] = end.value
+            return outcomes
+
+    def rounds(self, records: Sequence[Record]) -> Rounds:
+        """The way of records for those who have windows computed elsewhere, in passes with others:
+        gives windows, takes what `forward` says of them, and returns the outcomes, as `predict`.
+        """
         answered: dict[int, Outcome] = {}
         waiting: list[tuple[int, Encoded]] = []
         for i, item in enumerate(self.encode(records)):
@@ -142,7 +159,7 @@ class Predictor:
             else:
                 waiting.append((i, item))
         while waiting:  # once, unless the task has follow-up questions
-            outputs = iter(self.forward([w for _, item in waiting for w in item.windows]))
+            outputs = iter((yield [w for _, item in waiting for w in item.windows]))
             asking = []
             with self._timed("decode"):
                 for i, item in waiting:
@@ -167,7 +184,7 @@ class Predictor:
                     self.counters.tokens += item.n_tokens
         return encoded
 
-    def forward(self, windows: Sequence[Window]) -> list[FloatArray | Failure]:
+    def forward(self, windows: Sequence[Window]) -> list[Rows]:
         """The model's rows for each window, padding cut off: (tokens, columns), float32.
 
         Heads that look at whole texts give one row. A window that the model cannot process gives a
@@ -179,7 +196,7 @@ class Predictor:
         """
         return self.begin_forward(windows).result()
 
-    def begin_forward(self, windows: Sequence[Window]) -> Future[list[FloatArray | Failure]]:
+    def begin_forward(self, windows: Sequence[Window]) -> Future[list[Rows]]:
         """`forward` for those who must not wait, such as event loops."""
         return self._forward_thread.submit(self._forward_all, windows)
 

@@ -4,18 +4,16 @@ import logging
 import os
 import threading
 import time
-import traceback
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from erniem_batch import storage
-from erniem_batch.errors import CheckpointError, DeviceError, StorageError
+from erniem_batch.errors import CheckpointError, DeviceError, StorageError, fault_of
 from erniem_batch.job.attempts import Attempt
 from erniem_batch.job.chunks import BadRow, Chunk, Place
 from erniem_batch.job.config import JobConfig
@@ -159,10 +157,7 @@ class UnitTagger:
         except StorageError as error:
             return Receipt(unit.id, name, error=str(error))
         except Exception as error:
-            # A fault of ours. Its message could hold text of a document: only where it happened.
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{Path(frame.filename).name}:{frame.lineno}"
-            return Receipt(unit.id, name, error=f"{type(error).__name__} in {where}")
+            return Receipt(unit.id, name, error=fault_of(error))
 
     def _work(self, unit: Unit, name: str, attempt: Attempt) -> Receipt:
         started = time.perf_counter()

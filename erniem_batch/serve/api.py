@@ -7,7 +7,6 @@ import base64
 import logging
 import math
 import time
-import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from erniem_batch import __version__
+from erniem_batch.errors import fault_of
 from erniem_batch.options import OPTIONS, TASKS
 from erniem_batch.serve.config import AppConfig
 from erniem_batch.serve.engine import Ask, Refusal, Served
@@ -249,9 +249,7 @@ def _add_task(router: APIRouter, service: _Service, task: str) -> None:
     examples: dict[str, Any] = {name: {"value": value} for name, value in EXAMPLES[task].items()}
     model: Any = REQUESTS[task]
 
-    async def route(
-        request: Request, body: Annotated[Any, Body(openapi_examples=examples)]
-    ) -> Response:
+    async def route(request: Request, body: Any) -> Response:
         items = items_of(task, body.inputs)
         name, served = await service.answer(
             request, task, body.model, items, given_options(body.options)
@@ -388,10 +386,7 @@ def _refusal_of(error: Exception) -> Refusal:
     if isinstance(error, HTTPException):
         codes = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}
         return Refusal(error.status_code, codes.get(error.status_code, "http"), str(error.detail))
-    # A fault of ours. Its message could hold text of a document: only where it happened.
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"{type(error).__name__} in {Path(frame.filename).name}:{frame.lineno}"
-    return Refusal(500, "fault", where)
+    return Refusal(500, "fault", fault_of(error))
 
 
 def _invalid(error: RequestValidationError) -> Refusal:

@@ -9,7 +9,6 @@ import asyncio
 import json
 import logging
 import time
-import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,10 +20,10 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from erniem_batch.errors import ConfigError, DeviceError, ErnieMBatchError
+from erniem_batch.errors import ConfigError, DeviceError, ErnieMBatchError, fault_of
 from erniem_batch.model.fetch import model_digest
-from erniem_batch.predictor import Predictor
-from erniem_batch.records import Encoded, Failure, FloatArray, Outcome, Prediction, Record, Window
+from erniem_batch.predictor import Predictor, Rounds, Rows
+from erniem_batch.records import Failure, Outcome, Prediction, Record, Window
 from erniem_batch.serve.batcher import Batcher, BatchReport, ClosedError, QueueFullError
 from erniem_batch.serve.config import ModelConfig
 from erniem_batch.serve.models import load_predictors, model_folders
@@ -32,7 +31,6 @@ from erniem_batch.serve.models import load_predictors, model_folders
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Rows = FloatArray | Failure
 
 # For tokenizing and decoding; more would only wait for Python's lock.
 TEXT_THREADS = 2
@@ -230,44 +228,36 @@ class Engine:
             self._broken = self._broken or str(error)
             return Refusal(503, "device_lost", "this replica is replaced: ask again", None, 5.0)
         except Exception as error:
-            # A fault of ours. Its message could hold text of a document: only where it happened.
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{Path(frame.filename).name}:{frame.lineno}"
-            logger.error("fault task=%s error=%s at=%s", ask.task, type(error).__name__, where)
-            return Refusal(500, "fault", f"{type(error).__name__} in {where}")
+            fault = fault_of(error)
+            logger.error("fault task=%s error=%s", ask.task, fault)
+            return Refusal(500, "fault", fault)
 
     # ---- the way of a request -----------------------------------------------------------------
 
     async def _answer(self, ask: Ask) -> Served:
         timing = Timing()
         predictor = self._predictor(ask.task, ask.options)
-        records = [Record(item["id"], item["text"], item["fields"]) for item in ask.items]
-        run = self._directly if _is_small(ask) else self._in_thread
+        rounds = predictor.rounds(
+            [Record(item["id"], item["text"], item["fields"]) for item in ask.items]
+        )
+        step = partial(self._directly if _is_small(ask) else self._in_thread, _next, predictor)
         with _Clock(timing, "tokenize"):
-            encoded = await run(predictor.encode, records)
-        answered: dict[int, Outcome] = {}
-        waiting: list[tuple[int, Encoded]] = []
-        for i, item in enumerate(encoded):
-            if isinstance(item, Failure):
-                answered[i] = item
-            else:
-                waiting.append((i, item))
-        is_first, results = True, None
+            windows, results = await step(rounds, None)
+        accepted = False
         while results is None:  # once, unless the task has follow-up questions
-            rows = await self._rows(ask.task, waiting, timing, accepted=not is_first)
+            rows = await self._rows(ask.task, windows, timing, accepted)
+            accepted = True
             with _Clock(timing, "decode"):
-                waiting, results = await run(_read, predictor, waiting, rows, answered)
-            is_first = False
-        done = [outcome for outcome in answered.values() if isinstance(outcome, Prediction)]
-        n_tokens, n_windows = sum(p.n_tokens for p in done), sum(p.n_windows for p in done)
+                windows, results = await step(rounds, rows)
+        done = [result for result in results if "error" not in result]
+        n_tokens, n_windows = (sum(r[name] for r in done) for name in ("n_tokens", "n_windows"))
         return Served(results, n_tokens, n_windows, timing)
 
     async def _rows(
-        self, task: str, waiting: Sequence[tuple[int, Encoded]], timing: Timing, accepted: bool
+        self, task: str, windows: Sequence[Window], timing: Timing, accepted: bool
     ) -> list[Rows]:
         """The model's rows of all windows."""
         started = time.perf_counter()
-        windows = [window for _, item in waiting for window in item.windows]
         served = await self._batchers[task].submit(windows, accepted=accepted)
         timing.forward += served.computed
         timing.queue += max(0.0, time.perf_counter() - started - served.computed)
@@ -354,26 +344,18 @@ def _largest_batch(predictor: Predictor) -> list[Window]:
     return windows
 
 
-def _read(
-    predictor: Predictor,
-    waiting: Sequence[tuple[int, Encoded]],
-    rows: Sequence[Rows],
-    answered: dict[int, Outcome],
-) -> tuple[list[tuple[int, Encoded]], list[dict[str, Any]] | None]:
-    """Adds the outcomes of those that waited; what there is to ask, or else the results of all."""
-    asking = []
-    first = 0
-    for i, item in waiting:
-        last = first + len(item.windows)
-        outcome = predictor.decode(item, rows[first:last])
-        if isinstance(outcome, Encoded):
-            asking.append((i, outcome))
-        else:
-            answered[i] = outcome
-        first = last
-    if asking:
-        return asking, None
-    return [], _results(predictor, [answered[i] for i in range(len(answered))])
+def _next(
+    predictor: Predictor, rounds: Rounds, rows: Sequence[Rows] | None
+) -> tuple[list[Window], list[dict[str, Any]] | None]:
+    """The windows to be computed next, or else the results.
+
+    Args:
+        rows: of the windows before; None: there were none yet.
+    """
+    try:
+        return (next(rounds) if rows is None else rounds.send(rows)), None
+    except StopIteration as end:
+        return [], _results(predictor, end.value)
 
 
 def _results(predictor: Predictor, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
