@@ -97,8 +97,10 @@ def jsonl_chunks(
             places.append(place)
         except RecordError as error:
             bad.append(BadRow(place, Failure("", "read", "RecordError", str(error))))
-    texts = [_get(value, reader.text_column) for value in objects]
-    fields = {name: [_get(v, column) for v in objects] for name, column in reader.fields.items()}
+    texts = [value_at(value, reader.text_column) for value in objects]
+    fields = {
+        name: [value_at(v, column) for v in objects] for name, column in reader.fields.items()
+    }
     # Rows that the predictor will refuse have no say in the types of the others.
     usable = [v if _is_usable(v, reader.text_column, reader.fields) else {} for v in objects]
     table = _to_table(usable, reader.schema, reader.columns)
@@ -241,7 +243,8 @@ def _require_no_clash(value: dict[str, Any], added: Sequence[str]) -> None:
         )
 
 
-def _get(value: dict[str, Any], column: str) -> Any:
+def value_at(value: Mapping[str, Any], column: str) -> Any:
+    """The value of a column, which may be nested; None where it is absent."""
     if column in value:
         return value[column]
     found: Any = value
@@ -252,14 +255,14 @@ def _get(value: dict[str, Any], column: str) -> Any:
 
 def _is_usable(value: dict[str, Any], text_column: str, fields: Mapping[str, str]) -> bool:
     """Whether the predictor may take the row."""
-    found = {name: _get(value, column) for name, column in fields.items()}
-    return may_be_read(_get(value, text_column), found)
+    found = {name: value_at(value, column) for name, column in fields.items()}
+    return may_be_read(value_at(value, text_column), found)
 
 
 def _has(value: dict[str, Any], column: str) -> bool:
     """Whether the column is there, be it null."""
     *outer, last = column.split(".")
-    inner = _get(value, ".".join(outer)) if outer else value
+    inner = value_at(value, ".".join(outer)) if outer else value
     return column in value or (isinstance(inner, dict) and last in inner)
 
 

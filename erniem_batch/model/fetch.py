@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 CACHE_VARIABLE = "ERNIEM_BATCH_CACHE"
 STORAGE_SCHEMES = ("s3", "gs", "az", "file")
 HUB_SCHEME = "hf"
+# Where a training of several tasks puts what their heads share.
+ENCODER = "encoder"
 
 # Configuration, vocabulary and tokenizer settings, weights of any format that is read.
 MODEL_FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "*.bin", "*.pdparams")
@@ -82,6 +84,19 @@ def local_folder(model: str, task: str) -> Path:
         f"model={model!r} is not a folder: give the path of a model folder of transformers or "
         f"PaddleNLP, its URL ({', '.join(STORAGE_SCHEMES)}), hf://org/name, or {DEMO!r}"
     )
+
+
+def head_url(model: str, name: str) -> str | None:
+    """A folder of the output of a training of several tasks; None: this is none, or has no such.
+
+    Args:
+        name: of a task, or ENCODER.
+    """
+    scheme, _, _ = model.rpartition("://")
+    if model == DEMO or scheme not in ("", *STORAGE_SCHEMES):
+        return None
+    url = storage.join(storage.normal(model), name)
+    return None if storage.stat(storage.join(url, "config.json")) is None else url
 
 
 def model_digest(folder: Path) -> str:

@@ -6,18 +6,14 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from erniem_batch import storage
 from erniem_batch.config import DEMO
 from erniem_batch.errors import ConfigError
 from erniem_batch.model.config import ErnieMConfig
-from erniem_batch.model.fetch import STORAGE_SCHEMES, local_folder
+from erniem_batch.model.fetch import ENCODER, head_url, local_folder
 from erniem_batch.options import TASKS
 from erniem_batch.predictor import Predictor
 from erniem_batch.serve.config import ModelConfig
 from erniem_batch.tasks.make import TASK_OF_HEAD
-
-# Where `finetune` puts what several heads share.
-ENCODER = "encoder"
 
 
 def model_folders(config: ModelConfig) -> dict[str, Path]:
@@ -41,24 +37,19 @@ def model_folders(config: ModelConfig) -> dict[str, Path]:
 
 def _heads_of(config: ModelConfig) -> dict[str, Path]:
     """The folders that a training of several tasks left, if it is one."""
-    scheme, _, _ = config.model.rpartition("://")
-    if scheme not in ("", *STORAGE_SCHEMES):
+    if head_url(config.model, ENCODER) is None:
         return {}
-    names = {task: ENCODER if task == "embed" else task for task in TASKS}
-    urls = {t: storage.join(storage.normal(config.model), n) for t, n in names.items()}
-    if storage.stat(storage.join(urls["embed"], "config.json")) is None:
-        return {}
-    there = [
-        task
+    found = {
+        task: head_url(config.model, ENCODER if task == "embed" else task)
         for task in config.tasks or TASKS
-        if storage.stat(storage.join(urls[task], "config.json")) is not None
-    ]
+    }
+    there = {task: url for task, url in found.items() if url is not None}
     absent = [task for task in config.tasks if task not in there]
     if absent:
         raise ConfigError(
             f"model={config.model!r} has no head for {absent[0]}; it has {', '.join(there)}"
         )
-    return {task: local_folder(urls[task], task) for task in there}
+    return {task: local_folder(url, task) for task, url in there.items()}
 
 
 def load_predictors(config: ModelConfig, folders: Mapping[str, Path]) -> dict[str, Predictor]:

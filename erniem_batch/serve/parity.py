@@ -25,7 +25,7 @@ from erniem_batch.client import Client, Failed, ModelCard, Result, ServiceError
 from erniem_batch.errors import ConfigError, RecordError
 from erniem_batch.job.chunks import CONTENT_ERRORS
 from erniem_batch.job.config import COUNTED_COLUMNS, LANGUAGE_COLUMN, TASK_FIELDS, TEXT_FLAGS
-from erniem_batch.job.jsonl import open_jsonl, parse_line
+from erniem_batch.job.jsonl import open_jsonl, parse_line, value_at
 from erniem_batch.job.manifest import MANIFEST, Entry, Manifest, read_manifest
 from erniem_batch.options import (
     OPTIONS,
@@ -76,9 +76,9 @@ class Run:
 
     def item(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """What a request says of a row; what is null there is not given."""
-        found = {name: _without_null(_at(row, column)) for name, column in self.fields.items()}
+        found = {name: _without_null(value_at(row, column)) for name, column in self.fields.items()}
         given = {name: value for name, value in found.items() if value is not None}
-        return {TEXT_NAMES.get(self.task, "text"): _at(row, self.text_column), **given}
+        return {TEXT_NAMES.get(self.task, "text"): value_at(row, self.text_column), **given}
 
 
 def read_run(output: str) -> Run:
@@ -121,7 +121,7 @@ def online_options(task: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: the run has some that requests cannot have.
     """
-    values = {name: settings.get(name.replace("_", "-")) for name in option_names(task)}
+    values = _told(task, settings)
     loaded = NOT_ONLINE.get(task, set())
     fixed = [flag_name(n) for n in sorted(loaded) if values[n] != getattr(OPTIONS[task], n)]
     if fixed:
@@ -132,9 +132,13 @@ def online_options(task: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in loaded}
 
 
+def _told(task: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run was told of the options of its task."""
+    return {name: settings.get(name.replace("_", "-")) for name in option_names(task)}
+
+
 def _options(task: str, settings: Mapping[str, Any]) -> Options:
-    values = {name: settings.get(name.replace("_", "-")) for name in option_names(task)}
-    return options_of(task, {name: v for name, v in values.items() if v is not None})
+    return options_of(task, {n: v for n, v in _told(task, settings).items() if v is not None})
 
 
 def _result_columns(task: str, settings: Mapping[str, Any]) -> tuple[str, ...]:
@@ -242,16 +246,6 @@ def _jsonl_rows(path: str, numbers: Sequence[int], columns: Sequence[str]) -> It
                 yield parse_line(line)
 
 
-def _at(row: Mapping[str, Any], column: str) -> Any:
-    """The value of a column, which may be nested."""
-    if column in row:
-        return row[column]
-    found: Any = row
-    for name in column.split("."):
-        found = found.get(name) if isinstance(found, Mapping) else None
-    return found
-
-
 def _without_null(value: Any) -> Any:
     """A value as JSON has it: maps of Arrow as objects, and no fields that only other rows have."""
     if isinstance(value, list) and value and isinstance(value[0], tuple):
@@ -294,7 +288,7 @@ def _whole_row(letter: pa.Table) -> Row | None:
 
 def _can_be_sent(run: Run, row: Row) -> bool:
     # To a run, a null second text is an error; to the service, there is none.
-    if "text_pair" in run.fields and _at(row, run.fields["text_pair"]) is None:
+    if "text_pair" in run.fields and value_at(row, run.fields["text_pair"]) is None:
         return False
     try:
         json.dumps(run.item(row))
@@ -348,8 +342,8 @@ def vector_difference(ours: Any, theirs: Any, dtype: str) -> float:
 def tree_of(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Extracted items by name, in each what was found out about it.
 
-    `_run/run.json` sorts the names of a schema, so that their order, and with it the numbers of the
-    items, cannot be asked for again; the order of what has one name can.
+    Earlier versions sorted the names of a schema in `_run/run.json`, so that their order, and with
+    it the numbers of the items, cannot be asked for again; the order of what has one name can.
 
     Raises:
         KeyError: an item stands before its parent.

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from erniem_batch import storage
-from erniem_batch.config import DEMO, PredictorConfig
+from erniem_batch.config import PredictorConfig
 from erniem_batch.errors import ConfigError
 from erniem_batch.evaluate.read import named_flag
 from erniem_batch.gold import Annotated, held_out, read_annotated
 from erniem_batch.model.config import ErnieMConfig
-from erniem_batch.model.fetch import STORAGE_SCHEMES, local_folder
+from erniem_batch.model.fetch import ENCODER, head_url, local_folder
 from erniem_batch.options import EmbedOptions
 from erniem_batch.predictor import Predictor
 from erniem_batch.records import FloatArray, Prediction
@@ -28,7 +28,6 @@ from erniem_batch.train.plan import MicroBatch, Step, interleaved, micro_batches
 logger = logging.getLogger(__name__)
 
 # Where a training of several tasks leaves what they share.
-ENCODER = "encoder"
 
 
 @dataclass(frozen=True)
@@ -52,13 +51,8 @@ class TaskData:
 def start_folder(config: FinetuneConfig, task: str) -> Path:
     """The model folder that a task starts from; of the output of a training of several tasks that
     of the task, or else the encoder. `embed` stands for what all tasks share."""
-    scheme, _, _ = config.model.rpartition("://")
-    if config.model != DEMO and scheme in ("", *STORAGE_SCHEMES):
-        for name in (task, ENCODER):
-            folder = storage.join(storage.normal(config.model), name)
-            if storage.stat(storage.join(folder, "config.json")) is not None:
-                return local_folder(folder, task)
-    return local_folder(config.model, task)
+    url = head_url(config.model, task) or head_url(config.model, ENCODER)
+    return local_folder(url or config.model, task)
 
 
 def read_data(config: FinetuneConfig) -> list[TaskData]:

@@ -16,10 +16,10 @@ from erniem_batch.errors import StorageError
 from erniem_batch.model.checkpoint import PreTrainedModel, save_overlay
 from erniem_batch.model.config import ErnieMConfig
 from erniem_batch.model.encoder import ErnieMModel
+from erniem_batch.model.fetch import ENCODER
 from erniem_batch.model.overlay import base_folder
 from erniem_batch.text.tokenizer import ErnieMTokenizer
 from erniem_batch.train.config import FinetuneConfig
-from erniem_batch.train.data import ENCODER
 from erniem_batch.train.heads import SharedHeads, encoder_of
 
 logger = logging.getLogger(__name__)

@@ -33,6 +33,7 @@ from erniem_batch.train.data import (
 from erniem_batch.train.dev import SCORES, measure
 from erniem_batch.train.export import best_of, export, write_history
 from erniem_batch.train.heads import (
+    ENCODER_PART,
     Rates,
     SharedHeads,
     learning_rate_scale,
@@ -280,7 +281,9 @@ def _add_up_gradients(heads: SharedHeads, tasks: set[str]) -> None:
     the same number of targets, and it waits for heads that a step does not touch.
     """
     parameters = [
-        p for name, p in _trained(heads).items() if _is_encoder(name) or name.split(".")[1] in tasks
+        p
+        for name, p in _trained(heads).items()
+        if ENCODER_PART.search(name) or name.split(".")[1] in tasks
     ]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
@@ -288,10 +291,6 @@ def _add_up_gradients(heads: SharedHeads, tasks: set[str]) -> None:
     parts = torch.split(flat, [parameter.numel() for parameter in parameters])
     for parameter, summed in zip(parameters, parts, strict=True):
         parameter.grad = summed.view_as(parameter)
-
-
-def _is_encoder(name: str) -> bool:
-    return ".ernie_m.encoder." in name or ".ernie_m.embeddings." in name
 
 
 def _trained(heads: SharedHeads) -> dict[str, Tensor]:
