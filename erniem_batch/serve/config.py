@@ -1,10 +1,18 @@
 """What a service may be told: the same fields in YAML, on the command line and in Python."""
 
+import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from erniem_batch.config import DEMO, DTYPES, PredictorConfig
+from erniem_batch.config import DEMO, PredictorConfig
 from erniem_batch.errors import ConfigError
 from erniem_batch.options import TASKS, options_of
 
@@ -74,7 +82,6 @@ class ModelConfig(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        assert set(DTYPES) == {"float32", "bfloat16", "float16"}
         for task in self.tasks or TASKS:
             self.predictor(task)  # checks itself
         return self
@@ -94,7 +101,7 @@ class ModelConfig(Strict):
             max_batch_tokens=self.max_batch_tokens,
             dtype=self.dtype,
             device="cuda" if self.num_gpus else "cpu",
-            n_threads=None if self.num_gpus else max(1, -int(-self.num_cpus // 1)),
+            n_threads=None if self.num_gpus else max(1, math.ceil(self.num_cpus)),
         )
 
 
@@ -170,8 +177,6 @@ def app_config(values: dict[str, Any]) -> AppConfig:
     Raises:
         ConfigError: names each field that is wrong.
     """
-    from pydantic import ValidationError
-
     try:
         return AppConfig.model_validate(values)
     except ValidationError as error:

@@ -18,7 +18,7 @@ from ray.serve.handle import DeploymentHandle
 
 from erniem_batch.serve.api import Refuse, make_api
 from erniem_batch.serve.config import MAX_ONGOING_REQUESTS, AppConfig, Autoscaling, ModelConfig
-from erniem_batch.serve.engine import Ask, Engine, EngineError, Refusal, Served
+from erniem_batch.serve.engine import Ask, Engine, Refusal, Served
 from erniem_batch.serve.memory import Trimmer
 from erniem_batch.serve.metrics import BatchMetrics, RequestMetrics
 
@@ -32,7 +32,7 @@ HEALTH_TIMEOUT_S = 30
 DRAIN_PERIOD_S = 0.5
 # Beyond our own deadline: until then the proxy waits, and a replica that ends finishes its work.
 GRACE_S = 10.0
-# How long a model may be without any replica before callers are told.
+# No replica of a model answers.
 UNAVAILABLE = Refusal(503, "unavailable", "the model is being (re)started: ask again", None, 5.0)
 
 
@@ -219,6 +219,3 @@ def configure_replica_logging() -> None:
     package.handlers[:] = logging.getLogger("ray.serve").handlers
     package.setLevel(logging.INFO)
     package.propagate = False
-
-
-__all__ = ["EngineError", "app"]

@@ -1,5 +1,6 @@
 """`erniem-batch serve`: the service on this machine, or on a cluster, from one command."""
 
+import math
 import os
 import signal
 import threading
@@ -31,7 +32,7 @@ def serve(flags: ServeFlags, until: Callable[[], object] | None = None) -> None:
     os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
     cpus = sum(model.num_cpus for model in config.all_models)
     is_local = connect_to(
-        flags.address, max(cores, -int(-cpus // 1)) + SPARE_CPUS, flags.metrics_port
+        flags.address, max(cores, math.ceil(cpus)) + SPARE_CPUS, flags.metrics_port
     )
     import ray
     from ray import serve as ray_serve

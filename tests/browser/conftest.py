@@ -8,8 +8,6 @@ import asyncio
 import json
 import os
 import shutil
-import socket
-import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -20,7 +18,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-import uvicorn
+from serving import served
 
 from erniem_batch.serve.api import make_api
 from erniem_batch.serve.config import AppConfig, ModelConfig
@@ -31,7 +29,6 @@ from erniem_batch.serve.tokens import new_token
 FLAGS = ("--disable-gpu", "--disable-software-rasterizer")
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 MAX_BODY_BYTES = 200_000
-STARTS_IN = 60.0
 
 
 @dataclass(eq=False)
@@ -42,35 +39,13 @@ class Service:
     token: str | None = None
     url: str = ""
     engines: dict[str, Engine] = field(default_factory=dict)
-    _loop: asyncio.AbstractEventLoop | None = None
 
     @contextmanager
     def running(self) -> Iterator["Service"]:
         self.engines = {model.name: Engine.load(model) for model in self.config.all_models}
-        api = make_api(self.config, self.engines)
-        server = uvicorn.Server(uvicorn.Config(api, log_level="warning", ws="none", lifespan="on"))
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            self.url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
-            thread = threading.Thread(target=self._serve, args=(server, listener))
-            thread.start()
-            try:
-                self._wait(thread)
-                yield self
-            finally:
-                server.should_exit = True
-                thread.join(STARTS_IN)
-
-    def _serve(self, server: uvicorn.Server, listener: socket.socket) -> None:
-        async def serve() -> None:
-            self._loop = asyncio.get_running_loop()
-            await server.serve(sockets=[listener])
-
-        asyncio.run(serve())
-
-    def _wait(self, thread: threading.Thread) -> None:
-        """Until it is ready; connections wait in the listener's queue before."""
-        assert thread.is_alive()
-        httpx.get(f"{self.url}readyz", timeout=STARTS_IN).raise_for_status()
+        with served(make_api(self.config, self.engines)) as url:
+            self.url = f"{url}/"
+            yield self
 
     def ask(self, task: str, inputs: Any, **options: Any) -> Any:
         """The answer to a request that goes past the page."""
@@ -83,18 +58,19 @@ class Service:
     def busy(self, model: str, task: str) -> Iterator[None]:
         """The device is taken, and a request waits: with a short queue, the next is refused."""
         batcher = self.engines[model]._batchers[task]
-        self._do(batcher.turn.acquire()).result(10)
-        waiting = self._do(_ask(self, model, task))
+        loop = batcher._worker.get_loop()
+
+        def do(work: Any) -> "Future[Any]":
+            return asyncio.run_coroutine_threadsafe(work, loop)
+
+        do(batcher.turn.acquire()).result(10)
+        waiting = do(_ask(self, model, task))
         try:
-            self._do(_until(lambda: batcher.n_waiting_tokens > 0)).result(10)
+            do(_until(lambda: batcher.n_waiting_tokens > 0)).result(10)
             yield
         finally:
-            self._do(_released(batcher.turn)).result(10)
+            do(_released(batcher.turn)).result(10)
             waiting.result(10)
-
-    def _do(self, work: Any) -> "Future[Any]":
-        assert self._loop is not None
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
 
 async def _ask(service: Service, model: str, task: str) -> None:

@@ -384,6 +384,7 @@ def test_one_of_several_models(open_page, guarded, watch):
     page = open_page(guarded)
     page.get_by_label("Bearer token").fill(guarded.token)
     page.keyboard.press("Enter")
+    page.locator("#form").wait_for()  # it appears when the models have come
     models = page.get_by_label("Model", exact=True)
     assert models.locator("option").all_text_contents() == ["names", "both"]
     models.select_option("both")

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -170,3 +171,10 @@ def wait_until(condition: Callable[[], bool], timeout: float, every: float = 0.0
             return True
         time.sleep(every)
     return condition()
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port

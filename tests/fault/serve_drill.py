@@ -13,7 +13,6 @@ import os
 import random
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -45,7 +44,7 @@ from erniem_batch.serve.run import NAME
 from erniem_batch.serve.run import serve as run_service
 
 from .corpus import SENTENCES, TOKENIZER
-from .runs import HUNG, MARK, ROOT, Process, Run
+from .runs import HUNG, MARK, ROOT, Process, Run, free_port
 
 # Words of one token each. A window with one of them makes its forward pass …
 POISON = "œ"  # … raise, as a kernel may
@@ -233,12 +232,6 @@ class Service(Run):
         else:
             self.send(signal.SIGTERM)
         return self.wait(120), time.monotonic() - started
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 # ---- load ---------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ import asyncio
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from fakes import save_tiny_ner_model, save_tiny_service
+from fault.runs import free_port
 
 from erniem_batch import ErnieMTokenizer
 from erniem_batch.serve.config import AppConfig, ModelConfig
@@ -29,13 +29,6 @@ pytestmark = pytest.mark.ray
 def service_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: ErnieMTokenizer) -> Path:
     """Tiny models of all tasks, to be served together."""
     return save_tiny_service(tmp_path_factory.mktemp("service"), tokenizer)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,12 @@
 """What a batch run writes and what the service answers (slow): 500 rows of each task, the demo."""
 
 import json
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fault.runs import free_port
 from task_rows import JOBS, rows_of, write_rows
 
 from erniem_batch import cli
@@ -36,9 +36,7 @@ def url(local_ray: None) -> Iterator[str]:
     from erniem_batch.serve import app
     from erniem_batch.serve.config import AppConfig
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": 600})
     serve.run(app(AppConfig(num_cpus=1, request_timeout_s=590)), name="demo", route_prefix="/")
     yield f"http://127.0.0.1:{port}"

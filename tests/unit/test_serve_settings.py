@@ -4,13 +4,14 @@ import importlib
 import json
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
 from erniem_batch.cli import main
-from erniem_batch.config import PredictorConfig
+from erniem_batch.config import DTYPES, PredictorConfig
 from erniem_batch.errors import ConfigError
 from erniem_batch.model.config import ErnieMConfig
 from erniem_batch.options import OPTIONS, TASKS, options_of
@@ -64,6 +65,10 @@ def test_mistakes_are_named(values, words):
         app_config(values)
     for word in words:
         assert word in str(error.value)
+
+
+def test_types_of_numbers_are_those_of_a_predictor():
+    assert set(get_args(ModelConfig.model_fields["dtype"].annotation)) == set(DTYPES)
 
 
 def test_settings_of_a_file_and_of_flags(tmp_path):
