@@ -6,7 +6,7 @@ The batch job, the online service and `pipeline` all use this one class.
 import logging
 import time
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
@@ -21,6 +21,7 @@ from erniem_batch.batching import plan_batches
 from erniem_batch.config import PredictorConfig
 from erniem_batch.errors import ConfigError, DeviceError, RecordError
 from erniem_batch.isolation import run_isolated
+from erniem_batch.lanes import Lanes
 from erniem_batch.language import detect_languages
 from erniem_batch.model.checkpoint import PreTrainedModel
 from erniem_batch.model.config import ErnieMConfig
@@ -68,8 +69,8 @@ def usable_device(name: str | None) -> torch.device:
 class Predictor:
     """One model for one task.
 
-    Safe to call from several threads: forward passes run one at a time, on a thread of their own,
-    while other threads encode and decode.
+    Safe to call from several threads: forward passes run on threads of their own, while other
+    threads encode and decode.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Predictor:
         tokenizer: ErnieMTokenizer,
         model: PreTrainedModel,
         task: Task,
+        lanes: Lanes | None = None,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
@@ -87,11 +89,14 @@ class Predictor:
         self.counters = Counters()
         self.max_batch_tokens = config.token_budget(self.device.type)
         self._counting = Lock()
-        self._forward_thread = ThreadPoolExecutor(1, "forward", self._set_threads)
+        self._lanes = lanes or Lanes(config.n_threads)
 
     @classmethod
-    def load(cls, config: PredictorConfig) -> Self:
+    def load(cls, config: PredictorConfig, lanes: Lanes | None = None) -> Self:
         """A predictor with the model and tokenizer of a folder.
+
+        Args:
+            lanes: of the device, shared with other predictors; None: one of its own.
 
         Raises:
             ConfigError: the settings do not fit the model.
@@ -114,7 +119,7 @@ class Predictor:
                 f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only "
                 f"{model.config.vocab_size}: they do not belong together"
             )
-        return cls(config, tokenizer, model, task)
+        return cls(config, tokenizer, model, task, lanes)
 
     def with_options(self, **changes: Any) -> Self:
         """The same model with other options of its task; what it shares is safe to share.
@@ -134,7 +139,12 @@ class Predictor:
 
     def close(self) -> None:
         """Ends its thread; there are no more calls after that."""
-        self._forward_thread.shutdown()
+        self._lanes.close()
+
+    @property
+    def n_lanes(self) -> int:
+        """Passes that may run at the same time."""
+        return self._lanes.n_lanes
 
     def predict(self, records: Sequence[Record]) -> list[Outcome]:
         """One outcome for each record, in the same order. A bad record never harms another."""
@@ -194,11 +204,15 @@ class Predictor:
         Raises:
             DeviceError: the device can no longer be used.
         """
-        return self.begin_forward(windows).result()
+        return self.begin_forward(windows, self.n_lanes).result()
 
-    def begin_forward(self, windows: Sequence[Window]) -> Future[list[Rows]]:
-        """`forward` for those who must not wait, such as event loops."""
-        return self._forward_thread.submit(self._forward_all, windows)
+    def begin_forward(self, windows: Sequence[Window], width: int) -> Future[list[Rows]]:
+        """`forward` for those who must not wait, such as event loops.
+
+        Args:
+            width: how many lanes' threads it gets, see `Lanes`.
+        """
+        return self._lanes.submit(width, self._forward_all, windows)
 
     def decode(
         self, encoded: Encoded, outputs: Sequence[FloatArray | Failure]
@@ -227,10 +241,6 @@ class Predictor:
         )
 
     # ---- on the forward thread ----------------------------------------------------------------
-
-    def _set_threads(self) -> None:
-        if self.config.n_threads is not None:
-            torch.set_num_threads(self.config.n_threads)
 
     def _forward_all(self, windows: Sequence[Window]) -> list[FloatArray | Failure]:
         outputs: dict[int, FloatArray | Failure] = {}

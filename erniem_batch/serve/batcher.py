@@ -1,10 +1,11 @@
 """Model inputs of many requests in common forward passes. asyncio only: no Ray, no torch.
 
-While one pass runs, what arrives waits; when it ends, the next batch is made of what waits. So a
-lonely request never waits for company, and a busy server fills its batches by itself.
+While the device is busy, what arrives waits; when a pass ends, the next batch is made of what
+waits. So a lonely request never waits for company, and a busy server fills its batches by itself.
 """
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -89,40 +90,88 @@ class _Waiting(Generic[Item, Result]):
     since: float
 
 
+class Device:
+    """Where passes run; batchers that share it take turns.
+
+    Args:
+        n_lanes: passes that may run side by side. One that would be alone gets more lanes at once.
+    """
+
+    def __init__(self, n_lanes: int = 1) -> None:
+        self.n_lanes = n_lanes
+        self._n_free = n_lanes
+        self._turns: deque[asyncio.Future[None]] = deque()
+
+    @property
+    def n_free(self) -> int:
+        """Lanes that nobody holds."""
+        return self._n_free
+
+    async def take(self) -> None:
+        """Returns when a lane is one's own; first come, first served."""
+        if self._n_free and not self._turns:
+            self._n_free -= 1
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._turns.append(turn)
+        try:
+            await turn  # whoever ends a turn passes the lane on
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self.give(1)
+            raise
+
+    def take_rest(self) -> int:
+        """The lanes that nobody else wants, now one's own too."""
+        n, self._n_free = self._n_free, 0
+        return n
+
+    def give(self, n: int) -> None:
+        """Lanes that are needed no more."""
+        self._n_free += n
+        while self._n_free and self._turns:
+            turn = self._turns.popleft()
+            if not turn.done():
+                self._n_free -= 1
+                turn.set_result(None)
+
+
 @dataclass(eq=False)
 class Batcher(Generic[Item, Result]):
-    """Batches within a budget of padded tokens, one at a time, the oldest item always in the next.
+    """Batches within a budget of padded tokens, the oldest item always in the next.
 
     Attributes:
-        forward: computes a batch: one result for each item, in order. It must leave the event loop
-            free. If it raises, the requests of that batch fail, and no others.
+        forward: computes a batch on so many lanes: one result for each item, in order. It must
+            leave the event loop free. If it raises, the requests of that batch fail, and no others.
         length: tokens of an item.
         max_batch_tokens: rows x longest of a batch; an item above it goes alone.
         max_queue_tokens: of all that waits; a request above it by itself is taken if nothing else
             waits.
         pass_tokens: what a pass costs beside its tokens, in tokens; see `pick`.
+        lane_tokens: what waits is shared among free lanes, but in batches of no fewer tokens.
         on_batch: told of every pass.
-        turn: held during a pass; batchers that share a device share it, and take turns.
+        device: where they run.
 
     Example:
         async with Batcher(forward, len, max_batch_tokens=1024, max_queue_tokens=65536) as batcher:
             rows = (await batcher.submit(windows)).results
     """
 
-    forward: Callable[[list[Item]], Awaitable[Sequence[Result]]]
+    forward: Callable[[list[Item], int], Awaitable[Sequence[Result]]]
     length: Callable[[Item], int]
     max_batch_tokens: int
     max_queue_tokens: int
     pass_tokens: int = 1 << 20
+    lane_tokens: int = 128
     on_batch: Callable[[BatchReport], None] = lambda report: None
-    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    device: Device = field(default_factory=Device)
     _queue: deque[_Waiting[Item, Result]] = field(default_factory=deque, init=False)
     _n_tokens: int = field(default=0, init=False)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event, init=False)
     _closing: bool = field(default=False, init=False)
     _worker: asyncio.Task[None] | None = field(default=None, init=False)
     _tokens_per_s: float | None = field(default=None, init=False)
-    _busy_since: float | None = field(default=None, init=False)
+    _passes: dict[asyncio.Task[None], float] = field(default_factory=dict, init=False)
 
     async def __aenter__(self) -> Self:
         self._worker = asyncio.create_task(self._work(), name="batcher")
@@ -143,8 +192,8 @@ class Batcher(Generic[Item, Result]):
 
     @property
     def busy_for(self) -> float:
-        """Seconds that the pass at hand has taken so far; 0 between passes."""
-        return 0.0 if self._busy_since is None else time.monotonic() - self._busy_since
+        """Seconds that the oldest pass at hand has taken so far; 0 between passes."""
+        return time.monotonic() - min(self._passes.values()) if self._passes else 0.0
 
     async def submit(self, items: Sequence[Item], *, accepted: bool = False) -> Served[Result]:
         """One result for each item. Cancelled, its items leave the queue.
@@ -187,31 +236,44 @@ class Batcher(Generic[Item, Result]):
     # ---- the worker ---------------------------------------------------------------------------
 
     async def _work(self) -> None:
-        while True:
-            while not self._queue:
-                if self._closing:
-                    return
-                self._arrived.clear()
-                await self._arrived.wait()
+        while await self._something_waits():
             # The batch is made when it can run: until then more of its kind arrive.
-            async with self.turn:
-                if self._queue:
-                    await self._run(self._next_batch())
+            await self.device.take()
+            if not self._queue:  # who asked has gone
+                self.device.give(1)
+                continue
+            batch = self._next_batch()
+            n_lanes = 1 if self._queue else 1 + self.device.take_rest()
+            running = asyncio.create_task(self._run(batch, n_lanes), name="pass")
+            self._passes[running] = time.monotonic()
+            running.add_done_callback(self._passes.pop)
+        await asyncio.gather(*self._passes)
+
+    async def _something_waits(self) -> bool:
+        """Returns when there is something to do; False: there never will be."""
+        while not self._queue:
+            if self._closing:
+                return False
+            self._arrived.clear()
+            await self._arrived.wait()
+        return True
 
     def _next_batch(self) -> list[_Waiting[Item, Result]]:
         """The oldest item, and those of the most similar length within the budget."""
         waiting = list(self._queue)
-        chosen = pick([entry.length for entry in waiting], self.max_batch_tokens, self.pass_tokens)
+        share = math.ceil(self._n_tokens / (1 + self.device.n_free))
+        budget = min(self.max_batch_tokens, max(share, self.lane_tokens))
+        chosen = pick([entry.length for entry in waiting], budget, self.pass_tokens)
         taken = set(chosen)
         self._queue = deque(entry for i, entry in enumerate(waiting) if i not in taken)
         batch = [waiting[i] for i in chosen]
         self._n_tokens -= sum(entry.length for entry in batch)
         return batch
 
-    async def _run(self, batch: list[_Waiting[Item, Result]]) -> None:
-        started = self._busy_since = time.monotonic()
+    async def _run(self, batch: list[_Waiting[Item, Result]], n_lanes: int) -> None:
+        started = time.monotonic()
         try:
-            results = await self.forward([entry.item for entry in batch])
+            results = await self.forward([entry.item for entry in batch], n_lanes)
             if len(results) != len(batch):
                 raise RuntimeError(f"{len(results)} results for a batch of {len(batch)}")
         except Exception as error:
@@ -221,8 +283,9 @@ class Batcher(Generic[Item, Result]):
             self._forget_finished()
             return
         finally:
-            self._busy_since = None
-        self._account(batch, started, seconds := max(time.monotonic() - started, 1e-6))
+            self.device.give(n_lanes)
+        seconds = max(time.monotonic() - started, 1e-6)
+        self._account(batch, started, seconds, n_lanes)
         for request in {id(entry.request): entry.request for entry in batch}.values():
             request.computed += seconds
         for entry, result in zip(batch, results, strict=True):
@@ -233,9 +296,11 @@ class Batcher(Generic[Item, Result]):
                 results = cast(list[Result], request.results)
                 request.future.set_result(Served(results, request.computed))
 
-    def _account(self, batch: list[_Waiting[Item, Result]], started: float, seconds: float) -> None:
+    def _account(
+        self, batch: list[_Waiting[Item, Result]], started: float, seconds: float, n_lanes: int
+    ) -> None:
         n_padded = len(batch) * max(entry.length for entry in batch)
-        speed = n_padded / seconds
+        speed = n_padded / seconds * self.device.n_lanes / n_lanes
         before = self._tokens_per_s
         self._tokens_per_s = speed if before is None else 0.8 * before + 0.2 * speed
         self.on_batch(

@@ -86,6 +86,11 @@ class ModelConfig(Strict):
             self.predictor(task)  # checks itself
         return self
 
+    @property
+    def n_threads(self) -> int | None:
+        """Of the forward passes of a replica; None: as torch likes."""
+        return None if self.num_gpus else max(1, math.ceil(self.num_cpus))
+
     def predictor(self, task: str) -> PredictorConfig:
         """What a predictor of this model for a task is told.
 
@@ -101,7 +106,7 @@ class ModelConfig(Strict):
             max_batch_tokens=self.max_batch_tokens,
             dtype=self.dtype,
             device="cuda" if self.num_gpus else "cpu",
-            n_threads=None if self.num_gpus else max(1, math.ceil(self.num_cpus)),
+            n_threads=self.n_threads,
         )
 
 

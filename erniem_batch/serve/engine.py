@@ -1,8 +1,8 @@
 """One model at work for many requests at a time: tokenize, wait, forward, decode. No Ray in here.
 
 Requests of all tasks of a model share its device: windows of many requests make up the forward
-passes, one pass at a time, while other threads tokenize and decode. The event loop only passes
-things on.
+passes, one at a time on a GPU and a few on a CPU, while other threads tokenize and decode. The
+event loop only passes things on.
 """
 
 import asyncio
@@ -24,7 +24,13 @@ from erniem_batch.errors import ConfigError, DeviceError, ErnieMBatchError, faul
 from erniem_batch.model.fetch import model_digest
 from erniem_batch.predictor import Predictor, Rounds, Rows
 from erniem_batch.records import Failure, Outcome, Prediction, Record, Window
-from erniem_batch.serve.batcher import Batcher, BatchReport, ClosedError, QueueFullError
+from erniem_batch.serve.batcher import (
+    Batcher,
+    BatchReport,
+    ClosedError,
+    Device,
+    QueueFullError,
+)
 from erniem_batch.serve.config import ModelConfig
 from erniem_batch.serve.models import load_predictors, model_folders
 
@@ -145,7 +151,7 @@ class Engine:
         Raises:
             EngineError: the model gives no answer.
         """
-        turn = asyncio.Lock()  # one device, one pass at a time
+        device = Device(next(iter(self.predictors.values())).n_lanes)
         for task, predictor in self.predictors.items():
             batcher = Batcher(
                 self._forward(predictor),
@@ -154,7 +160,7 @@ class Engine:
                 max_queue_tokens=self.config.max_queue_tokens,
                 pass_tokens=PASS_TOKENS[predictor.device.type],
                 on_batch=partial(self._report, task),
-                turn=turn,
+                device=device,
             )
             self._batchers[task] = await batcher.__aenter__()
         for task in self.predictors:
@@ -279,10 +285,10 @@ class Engine:
     def _report(self, task: str, report: BatchReport) -> None:
         self.on_batch(task, report, self._batchers[task].n_waiting_tokens)
 
-    def _forward(self, predictor: Predictor) -> Callable[[list[Window]], Any]:
-        async def forward(windows: list[Window]) -> list[Rows]:
+    def _forward(self, predictor: Predictor) -> Callable[[list[Window], int], Any]:
+        async def forward(windows: list[Window], n_lanes: int) -> list[Rows]:
             try:
-                return await asyncio.wrap_future(predictor.begin_forward(windows))
+                return await asyncio.wrap_future(predictor.begin_forward(windows, n_lanes))
             except DeviceError as error:
                 # The next health check says so, and the process is replaced.
                 self._broken = str(error)
@@ -306,7 +312,7 @@ class Engine:
         predictor = self.predictors[task]
         if predictor.device.type == "cuda":
             # The largest batch: if memory is too small for it, batches become smaller now.
-            await asyncio.wrap_future(predictor.begin_forward(_largest_batch(predictor)))
+            await asyncio.wrap_future(predictor.begin_forward(_largest_batch(predictor), 1))
 
 
 def _length(window: Window) -> int:

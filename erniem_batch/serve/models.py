@@ -8,12 +8,16 @@ from torch import Tensor, nn
 
 from erniem_batch.config import DEMO
 from erniem_batch.errors import ConfigError
+from erniem_batch.lanes import Lanes
 from erniem_batch.model.config import ErnieMConfig
 from erniem_batch.model.fetch import ENCODER, head_url, local_folder
 from erniem_batch.options import TASKS
 from erniem_batch.predictor import Predictor
 from erniem_batch.serve.config import ModelConfig
 from erniem_batch.tasks.make import TASK_OF_HEAD
+
+# Of a CPU; each reads all weights from memory, so many of them would wait for it.
+MAX_LANES = 4
 
 
 def model_folders(config: ModelConfig) -> dict[str, Path]:
@@ -59,9 +63,10 @@ def load_predictors(config: ModelConfig, folders: Mapping[str, Path]) -> dict[st
         ConfigError, CheckpointError: see `Predictor.load`.
     """
     predictors: dict[str, Predictor] = {}
+    lanes = Lanes(config.n_threads, 1 if config.num_gpus else MAX_LANES)
     kept: dict[str, list[Tensor]] = {}
     for task, folder in folders.items():
-        predictors[task] = Predictor.load(replace(config.predictor(task), model=str(folder)))
+        predictors[task] = Predictor.load(replace(config.predictor(task), model=str(folder)), lanes)
         share_weights(predictors[task].model, kept)
     return predictors
 

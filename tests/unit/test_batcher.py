@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from erniem_batch.serve.batcher import Batcher, BatchReport, ClosedError, QueueFullError, pick
+from erniem_batch.serve.batcher import (
+    Batcher,
+    BatchReport,
+    ClosedError,
+    Device,
+    QueueFullError,
+    pick,
+)
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=30)
 
@@ -15,19 +22,23 @@ LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=30)
 class Engine:
     """Doubles numbers; notes batches, and lets a test hold it."""
 
-    def __init__(self) -> None:
+    def __init__(self, n_lanes: int = 1) -> None:
+        self.n_lanes = n_lanes
         self.batches: list[list[int]] = []
+        self.widths: list[int] = []
         self.free = asyncio.Event()
         self.free.set()
         self.n_running = 0
 
-    async def __call__(self, items: list[int]) -> list[int]:
-        assert not self.n_running, "one pass at a time"
-        self.n_running += 1
+    async def __call__(self, items: list[int], width: int) -> list[int]:
+        assert width >= 1
+        self.n_running += width
+        assert self.n_running <= self.n_lanes, "no more than fit"
         self.batches.append(items)
+        self.widths.append(width)
         await asyncio.sleep(0)
         await self.free.wait()
-        self.n_running -= 1
+        self.n_running -= width
         if 13 in items:
             raise ValueError("unlucky")
         return [2 * item for item in items]
@@ -80,11 +91,14 @@ def test_nothing_to_pick():
 
 
 @settings(deadline=None)
-@given(st.lists(LENGTHS.map(lambda x: [i for i in x if i != 13]), min_size=1, max_size=12))
-def test_everybody_gets_their_own_answers(requests):
+@given(
+    st.lists(LENGTHS.map(lambda x: [i for i in x if i != 13]), min_size=1, max_size=12),
+    st.integers(1, 4),
+)
+def test_everybody_gets_their_own_answers(requests, n_lanes):
     async def test() -> None:
-        engine = Engine()
-        async with batcher_of(engine, max_queue=10**6) as batcher:
+        engine = Engine(n_lanes)
+        async with batcher_of(engine, max_queue=10**6, device=Device(n_lanes)) as batcher:
             answers = await asyncio.gather(*(batcher.submit(items) for items in requests))
         assert [a.results for a in answers] == [[2 * i for i in items] for items in requests]
         sent = sorted(item for batch in engine.batches for item in batch)
@@ -169,7 +183,7 @@ def test_an_error_stays_in_its_batch():
 
 
 def test_results_that_do_not_add_up_are_an_error():
-    async def forward(items: list[int]) -> list[int]:
+    async def forward(items: list[int], width: int) -> list[int]:
         return items[1:]
 
     async def test() -> None:
@@ -255,3 +269,69 @@ def test_passes_are_reported():
     seen = [(r.n_items, r.n_tokens, r.n_padded_tokens) for r in reports]
     assert seen == [(3, 27, 30), (1, 60, 60)]
     assert all(r.waited >= 0 and r.seconds > 0 for r in reports)
+
+
+# ---- lanes --------------------------------------------------------------------------------------
+
+
+def test_a_lonely_pass_gets_all_lanes():
+    async def test() -> None:
+        engine = Engine(4)
+        async with batcher_of(engine, device=Device(4)) as batcher:
+            await batcher.submit([5])
+            await batcher.submit([5, 6])
+        assert engine.widths == [4, 4]
+
+    run(test)
+
+
+def test_what_waits_is_shared_among_lanes():
+    async def test() -> None:
+        engine = Engine(2)
+        async with batcher_of(engine, device=Device(2), lane_tokens=20) as batcher:
+            engine.free.clear()
+            first = asyncio.create_task(batcher.submit([9] * 6))
+            await ticks()
+            assert engine.batches == [[9] * 3, [9] * 3]
+            assert engine.widths == [1, 1]
+            engine.free.set()
+            await first
+            await batcher.submit([10, 10])
+        assert engine.batches[2:] == [[10, 10]], "too little to share"
+
+    run(test)
+
+
+def test_batchers_take_turns_on_their_device():
+    async def test() -> None:
+        engine, device = Engine(2), Device(2)
+        one = batcher_of(engine, max_batch=10, device=device)
+        two = batcher_of(engine, max_batch=10, device=device)
+        async with one, two:
+            engine.free.clear()
+            tasks = [asyncio.create_task(one.submit([10])) for _ in range(6)]
+            tasks += [asyncio.create_task(two.submit([9])) for _ in range(6)]
+            await ticks()
+            assert engine.n_running == 2
+            engine.free.set()
+            await asyncio.gather(*tasks)
+        assert device.n_free == 2
+        kinds = [batch[0] for batch in engine.batches]
+        assert 9 in kinds[:4], "none waits for all of the other"
+
+    run(test)
+
+
+def test_who_gives_up_its_turn_keeps_no_lane():
+    async def test() -> None:
+        device = Device(1)
+        await device.take()
+        waiting = asyncio.create_task(device.take())
+        await ticks()
+        device.give(1)
+        waiting.cancel()  # its turn has come, and it does not know yet
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        await asyncio.wait_for(device.take(), timeout=1)
+
+    run(test)

@@ -1,0 +1,50 @@
+"""Threads on which forward passes run: several side by side on a CPU, one at a time on a GPU."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Lanes:
+    """As many passes at a time as there are lanes; all predictors of a process should share them.
+
+    On a CPU two passes of one thread each do more than two passes of two threads, one after the
+    other: threads of one pass wait for each other in every layer, and what else the machine does
+    holds up all of them. A lonely pass still ends sooner with all threads.
+
+    Args:
+        n_threads: of torch, for all lanes together; None: as torch likes.
+        n_lanes: at most so many as there are threads.
+    """
+
+    def __init__(self, n_threads: int | None = None, n_lanes: int = 1) -> None:
+        self.n_threads = n_threads
+        self.n_lanes = min(n_lanes, n_threads or 1)
+        self._pool = ThreadPoolExecutor(self.n_lanes, "forward")
+
+    def submit(
+        self, width: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> Future[T]:
+        """Runs a function when a lane is free.
+
+        Args:
+            width: lanes whose threads it gets; only the caller knows what else runs.
+        """
+        return self._pool.submit(self._run, width, partial(function, *args, **kwargs))
+
+    def close(self) -> None:
+        """Ends the threads when what was submitted is done."""
+        self._pool.shutdown()
+
+    def _run(self, width: int, function: Callable[[], T]) -> T:
+        if self.n_threads is not None:
+            n_threads = max(1, self.n_threads * width // self.n_lanes)
+            if torch.get_num_threads() != n_threads:  # of this thread, not of the process
+                torch.set_num_threads(n_threads)
+        return function()
