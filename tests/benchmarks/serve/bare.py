@@ -25,14 +25,7 @@ LIST = 32
 
 def main() -> None:
     model, task, texts, seconds = sys.argv[1:]
-    predictor = Predictor.load(
-        PredictorConfig(
-            model=model,
-            options=options_of(task, {}),
-            device="cpu",
-            n_threads=int(os.environ["OMP_NUM_THREADS"]),
-        )
-    )
+    predictor = make_predictor(model, task)
     given = json.loads(Path(texts).read_text())
     records = [Record(str(i), text) for i, text in enumerate(given)]
     predictor.predict(records[:LIST])  # warms up
@@ -43,6 +36,17 @@ def main() -> None:
     }
     print(json.dumps(report))
     predictor.close()
+
+
+def make_predictor(model: str, task: str) -> Predictor:
+    return Predictor.load(
+        PredictorConfig(
+            model=model,
+            options=options_of(task, {}),
+            device="cpu",
+            n_threads=int(os.environ["OMP_NUM_THREADS"]),
+        )
+    )
 
 
 def one_by_one(predictor: Predictor, records: Sequence[Record], seconds: float) -> dict[str, float]:
