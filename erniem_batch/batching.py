@@ -1,23 +1,25 @@
-"""Lengths and a token budget in, groups of windows out. Plain integers, no tensors."""
+"""Sizes and a token budget in, groups of windows out. Plain integers, no tensors."""
 
 from collections.abc import Sequence
 
 
-def plan_batches(lengths: Sequence[int], max_batch_tokens: int) -> list[list[int]]:
-    """Groups of window indices whose padded size, longest x count, fits the budget.
+def plan_batches(sizes: Sequence[int], max_batch_tokens: int) -> list[list[int]]:
+    """Groups of window indices whose tokens together fit the budget.
 
-    Longest first: if the budget is too big for the device, the first batch says so. A window
-    longer than the budget gets a batch of its own.
+    Longest first: those of one length come together, and the first batch has the longest text, for
+    which attention needs most memory. A window larger than the budget gets a batch of its own.
 
     Example:
-        >>> plan_batches([3, 9, 4, 8], max_batch_tokens=18)
+        >>> plan_batches([3, 9, 4, 8], max_batch_tokens=17)
         [[1, 3], [2, 0]]
     """
     batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        longest = lengths[batches[-1][0]] if batches else 0
-        if batches and longest * (len(batches[-1]) + 1) <= max_batch_tokens:
+    n_tokens = 0
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        n_tokens += sizes[index]
+        if batches and n_tokens <= max_batch_tokens:
             batches[-1].append(index)
         else:
             batches.append([index])
+            n_tokens = sizes[index]
     return batches

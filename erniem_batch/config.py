@@ -11,7 +11,7 @@ DEMO = "demo"
 DTYPES = ("float32", "bfloat16", "float16")
 N_SPECIAL_TOKENS = 2
 
-# Padded tokens in one forward pass. A CPU is fastest while a batch stays in its cache; a GPU needs
+# Tokens in one forward pass. A CPU is fastest while a batch stays in its cache; a GPU needs
 # enough work to fill it.
 DEFAULT_BATCH_TOKENS = {"cpu": 1024, "cuda": 16_384}
 
@@ -27,7 +27,7 @@ class PredictorConfig:
         detect_language: find out the language of each text, for thresholds by language.
         window_tokens: longest model input, special tokens included.
         overlap_tokens: tokens that two neighbouring windows of a long text share.
-        max_batch_tokens: padded tokens in one forward pass; None: by device.
+        max_batch_tokens: tokens in one forward pass; None: by device.
         dtype: of weights and computation.
         device: cpu, cuda, cuda:1, …; None: cuda if there is one.
         n_threads: threads of one forward pass on CPU; None: torch's choice.

@@ -23,10 +23,9 @@ from erniem_batch.errors import ConfigError, DeviceError, RecordError
 from erniem_batch.isolation import run_isolated
 from erniem_batch.lanes import Lanes
 from erniem_batch.language import detect_languages
-from erniem_batch.model.checkpoint import PreTrainedModel
 from erniem_batch.model.config import ErnieMConfig
-from erniem_batch.model.heads import HEADS, ErnieMForMultipleChoice
-from erniem_batch.model.outputs import SpanOutput
+from erniem_batch.model.heads import HEADS, Head
+from erniem_batch.model.packed import pack
 from erniem_batch.records import (
     Counters,
     Encoded,
@@ -77,7 +76,7 @@ class Predictor:
         self,
         config: PredictorConfig,
         tokenizer: ErnieMTokenizer,
-        model: PreTrainedModel,
+        model: Head,
         task: Task,
         lanes: Lanes | None = None,
     ) -> None:
@@ -114,6 +113,7 @@ class Predictor:
         model = HEADS[task.head].from_pretrained(
             folder, dtype=config.dtype, mask_mode=task.mask_mode, **task.head_options
         )
+        assert isinstance(model, Head)
         if len(tokenizer) > model.config.vocab_size:
             raise ConfigError(
                 f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only "
@@ -265,8 +265,8 @@ class Predictor:
     ) -> bool:
         """Adds the outputs that are missing; False if memory ran out before the last of them."""
         rest = [i for i in range(len(windows)) if i not in outputs]
-        widths = [self._width(len(windows[i].ids)) for i in rest]
-        for batch in plan_batches(widths, self.max_batch_tokens):
+        sizes = [self.size(windows[i]) for i in rest]
+        for batch in plan_batches(sizes, self.max_batch_tokens):
             places = [rest[i] for i in batch]
             try:
                 results = run_isolated([windows[i] for i in places], self._attempt, _failure)
@@ -290,10 +290,15 @@ class Predictor:
             before,
         )
 
-    def _width(self, longest: int) -> int:
-        """Tokens of a row of a batch; always the same where the model reads its padding too."""
-        padded = self.model.config.mask_mode == "paddle_padded"
-        return self.config.window_tokens if padded else longest
+    @property
+    def _reads_padding(self) -> bool:
+        """Whether it depends on the padded length, which is always the same then."""
+        mode: str = self.model.config.mask_mode
+        return mode == "paddle_padded"
+
+    def size(self, window: Window) -> int:
+        """Tokens that a window takes of a batch."""
+        return self.config.window_tokens if self._reads_padding else len(window.ids)
 
     def _attempt(self, windows: Sequence[Window]) -> list[FloatArray | Failure]:
         """One forward pass; its errors sorted by what can be done about them.
@@ -320,41 +325,31 @@ class Predictor:
     @torch.inference_mode()
     def _run(self, windows: Sequence[Window]) -> list[FloatArray | Failure]:
         lengths = [len(window.ids) for window in windows]
-        shape = (len(windows), self._width(max(lengths)))
-        ids_BL = np.full(shape, self.tokenizer.pad_token_id, dtype=np.int64)
-        for row, window in zip(ids_BL, windows, strict=True):
-            row[: len(window.ids)] = window.ids
-        scores = self._scores(ids_BL)
+        texts, positions = [window.ids for window in windows], None
+        if self._reads_padding:
+            texts = [self._padded(ids) for ids in texts]
+            if self.task.padding_position_zero:
+                positions = [self._positions(ids) for ids in texts]
+        batch = pack(texts, self.model.config, self.device, positions)
+        scores: FloatArray = self.model.rows(batch).float().cpu().numpy()
         with self._counting:
-            self.counters.padded_tokens += ids_BL.size
+            self.counters.padded_tokens += sum(batch.lengths)
             self.counters.real_tokens += sum(lengths)
-        if scores.ndim == 2:
+        if len(scores) == len(windows):  # of whole texts; or each text is one token
             return list(scores[:, None, :])
-        return [rows[:length] for rows, length in zip(scores, lengths, strict=True)]
+        rows = np.split(scores, np.cumsum(batch.lengths[:-1]))
+        return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
-    def _scores(self, ids_BL: np.ndarray) -> FloatArray:
-        """What the head gives: (batch, tokens, columns), or (batch, columns) for whole texts."""
-        input_ids = torch.from_numpy(ids_BL).to(self.device)
-        if isinstance(self.model, ErnieMForMultipleChoice):
-            input_ids = input_ids[:, None]  # each choice by itself: their number differs
-        arguments = {}
-        if self.task.padding_position_zero:
-            arguments["position_ids"] = torch.from_numpy(self._positions(ids_BL)).to(self.device)
-        output = self.model(input_ids, **arguments)
-        if isinstance(output, SpanOutput):
-            assert output.start_logits is not None
-            assert output.end_logits is not None
-            scores = torch.stack([output.start_logits, output.end_logits], dim=-1)
-        else:
-            scores = output.logits
-        array: FloatArray = scores.float().cpu().numpy()
-        return array
+    def _padded(self, ids: np.ndarray) -> np.ndarray:
+        n_padding = self.config.window_tokens - len(ids)
+        return np.pad(ids, (0, n_padding), constant_values=self.tokenizer.pad_token_id)
 
-    def _positions(self, ids_BL: np.ndarray) -> np.ndarray:
+    def _positions(self, ids: np.ndarray) -> np.ndarray:
         """0, 1, 2, … up to the last token that is not padding, then 0."""
-        is_real = ids_BL != self.tokenizer.pad_token_id
-        until = np.flip(np.maximum.accumulate(np.flip(is_real, 1), axis=1), 1)
-        return np.where(until, np.arange(ids_BL.shape[1]), 0)
+        positions = np.arange(len(ids))
+        (real,) = np.nonzero(ids != self.tokenizer.pad_token_id)
+        positions[real.max(initial=-1) + 1 :] = 0
+        return positions
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

@@ -29,7 +29,7 @@ from erniem_batch.model.heads import (
     ErnieMForInformationExtraction,
     ErnieMForQuestionAnswering,
 )
-from erniem_batch.model.outputs import LogitsOutput
+from erniem_batch.model.packed import Packed
 from erniem_batch.options import NerOptions, option_names
 from erniem_batch.predictor import Predictor, make_task
 from erniem_batch.records import Failure, Outcome, Record
@@ -63,25 +63,24 @@ class LookupModel(nn.Module):
         self.label_ids = dict(label_ids)
         self.fails_on = fails_on
         self.blind = blind
-        self.batches: list[tuple[int, ...]] = []
+        self.batches: list[tuple[int, ...]] = []  # lengths of the texts of each
         table = torch.zeros(9000, len(labels))
         table[:, 0] = 4.0
         for token, label in self.label_ids.items():
             table[token, 0], table[token, label] = 0.0, 5.0
         self.table = nn.Parameter(table)
 
-    def forward(self, ids_BL: Tensor) -> LogitsOutput:
-        self.batches.append(tuple(ids_BL.shape))
-        if self.fails_on is not None and bool((ids_BL == self.fails_on).any()):
+    def rows(self, batch: Packed) -> Tensor:
+        self.batches.append(tuple(batch.lengths))
+        if self.fails_on is not None and bool((batch.ids_T == self.fails_on).any()):
             raise RuntimeError(f"a kernel does not like token {self.fails_on}\nsecond line")
-        logits_BLC = self.table[ids_BL].clone()
+        logits_TC = self.table[batch.ids_T].clone()
         if self.blind:
-            for row, ids in zip(logits_BLC, ids_BL, strict=True):
-                length = int((ids != 1).sum())
-                for edge in (row[1 : 1 + self.blind], row[length - 1 - self.blind : length - 1]):
+            for rows in logits_TC.split(batch.lengths):
+                for edge in (rows[1 : 1 + self.blind], rows[-1 - self.blind : -1]):
                     edge[:] = 0.0
                     edge[:, 0] = 4.0
-        return LogitsOutput(logits=logits_BLC)
+        return logits_TC
 
 
 class RaisingTagger(UnitTagger):

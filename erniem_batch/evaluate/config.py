@@ -58,7 +58,7 @@ class EvaluateConfig:
         report: Folder or URL for metrics.json, table.md, reliability.png and changed.jsonl.
         window_tokens: Longest model input of --model.
         overlap_tokens: Tokens that neighbouring windows share.
-        max_batch_tokens: Padded tokens in one forward pass. Default: 1024 on CPU, 16384 on GPU.
+        max_batch_tokens: Tokens in one forward pass. Default: 1024 on CPU, 16384 on GPU.
         dtype: Of weights and computation; float32 is exact.
         device: cpu, cuda, cuda:1, …. Default: cuda if there is one.
         threads: Of one forward pass on CPU. Default: torch's choice.

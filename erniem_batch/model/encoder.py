@@ -10,6 +10,7 @@ Shapes: B sequences, L tokens, D hidden width, H heads, K head width, C labels.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -308,12 +309,8 @@ class ErnieMModel(PreTrainedModel):
     def _default_mask(self, input_ids: Tensor | None, hidden_BLD: Tensor) -> Tensor:
         if input_ids is None:
             return hidden_BLD.new_ones(hidden_BLD.shape[:2])
-        keep_BL: Tensor = input_ids != self.config.pad_token_id
-        if self.config.mask_mode == "pad":
-            return keep_BL
-        # PARITY: PaddleNLP hides id 0, which in this vocabulary is [CLS].
-        not_cls_BL: Tensor = input_ids != PADDLE_HIDDEN_ID
-        return not_cls_BL & keep_BL if self.config.mask_mode == "paddle" else not_cls_BL
+        keep_BL: Tensor = ~hidden_tokens(input_ids, self.config)
+        return keep_BL
 
     def _head_masks(self, head_mask: Tensor | None, hidden_BLD: Tensor) -> Sequence[Tensor | None]:
         n_layers, n_heads = self.config.num_hidden_layers, self.config.num_attention_heads
@@ -353,6 +350,15 @@ class ErnieMModel(PreTrainedModel):
         with torch.no_grad():
             new.weight[:rows] = old[:rows]
         self.embeddings.word_embeddings = new
+
+
+def hidden_tokens(ids: Any, config: ErnieMConfig) -> Any:
+    """Where no token attends to, when no mask is given; of a tensor or an array of ids."""
+    if config.mask_mode == "pad":
+        return ids == config.pad_token_id
+    # PARITY: PaddleNLP hides id 0, which in this vocabulary is [CLS].
+    is_cls = ids == PADDLE_HIDDEN_ID
+    return is_cls | (ids == config.pad_token_id) if config.mask_mode == "paddle" else is_cls
 
 
 def _default(value: bool | None, fallback: bool) -> bool:

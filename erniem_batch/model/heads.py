@@ -16,11 +16,12 @@ from erniem_batch.model.checkpoint import PreTrainedModel
 from erniem_batch.model.config import ErnieMConfig
 from erniem_batch.model.encoder import ErnieMModel
 from erniem_batch.model.outputs import EncoderOutput, LogitsOutput, SpanOutput
+from erniem_batch.model.packed import Packed, encode_packed
 
 IGNORED_LABEL = -100
 
 
-class _Head(PreTrainedModel):
+class Head(PreTrainedModel):
     """An encoder under the name `ernie_m`, as in the checkpoints, and what all heads share."""
 
     pooled: ClassVar[bool]
@@ -50,6 +51,17 @@ class _Head(PreTrainedModel):
         assert isinstance(output, EncoderOutput)
         return output
 
+    def rows(self, batch: Packed) -> Tensor:
+        """What `forward` gives, without padding and for inference only: (tokens, columns), or
+        (texts, columns) where the head looks at whole texts."""
+        raise NotImplementedError
+
+    def _pooled(self, batch: Packed) -> Tensor:
+        assert self.ernie_m.pooler is not None
+        firsts_ND = encode_packed(self.ernie_m, batch, firsts_only=True)
+        pooled_ND: Tensor = self.ernie_m.pooler(firsts_ND[:, None])
+        return pooled_ND
+
     def _finish(
         self, output: LogitsOutput | SpanOutput, encoded: EncoderOutput, return_dict: bool | None
     ) -> Any:
@@ -58,7 +70,7 @@ class _Head(PreTrainedModel):
         return output if as_object else output.to_tuple()
 
 
-class ErnieMForSequenceClassification(_Head):
+class ErnieMForSequenceClassification(Head):
     """Labels or a number for a whole text."""
 
     pooled = True
@@ -90,6 +102,11 @@ class ErnieMForSequenceClassification(_Head):
         output: LogitsOutput = self._finish(LogitsOutput(loss, logits_BC), encoded, return_dict)
         return output
 
+    def rows(self, batch: Packed) -> Tensor:
+        """(texts, labels)."""
+        logits: Tensor = self.classifier(self._pooled(batch))
+        return logits
+
     def _loss(self, logits_BC: Tensor, labels: Tensor) -> Tensor:
         kind = self.config.problem_type or self._guess_problem_type(labels)
         if kind == "regression":
@@ -110,7 +127,7 @@ class ErnieMForSequenceClassification(_Head):
         return "single_label_classification"
 
 
-class ErnieMForMultipleChoice(_Head):
+class ErnieMForMultipleChoice(Head):
     """One score for each (premise, choice) pair."""
 
     pooled = True
@@ -160,8 +177,13 @@ class ErnieMForMultipleChoice(_Head):
         output: LogitsOutput = self._finish(LogitsOutput(loss, logits_BC), encoded, return_dict)
         return output
 
+    def rows(self, batch: Packed) -> Tensor:
+        """(texts, 1): each text is a choice by itself."""
+        scores: Tensor = self.classifier(self._pooled(batch))
+        return scores
 
-class ErnieMForTokenClassification(_Head):
+
+class ErnieMForTokenClassification(Head):
     """A label for each token."""
 
     pooled = False
@@ -196,8 +218,13 @@ class ErnieMForTokenClassification(_Head):
         output: LogitsOutput = self._finish(LogitsOutput(loss, logits_BLC), encoded, return_dict)
         return output
 
+    def rows(self, batch: Packed) -> Tensor:
+        """(tokens, labels)."""
+        logits: Tensor = self.classifier(encode_packed(self.ernie_m, batch))
+        return logits
 
-class ErnieMForQuestionAnswering(_Head):
+
+class ErnieMForQuestionAnswering(Head):
     """Where an answer starts and ends."""
 
     pooled = False
@@ -235,8 +262,13 @@ class ErnieMForQuestionAnswering(_Head):
         output: SpanOutput = self._finish(SpanOutput(loss, start_BL, end_BL), encoded, return_dict)
         return output
 
+    def rows(self, batch: Packed) -> Tensor:
+        """(tokens, 2): start and end logits."""
+        logits: Tensor = self.qa_outputs(encode_packed(self.ernie_m, batch))
+        return logits
 
-class ErnieMForInformationExtraction(_Head):
+
+class ErnieMForInformationExtraction(Head):
     """For each token: does a span start here, does one end here (UIE). Returns logits.
 
     PaddleNLP's UIEM returns probabilities: take the sigmoid.
@@ -283,8 +315,13 @@ class ErnieMForInformationExtraction(_Head):
         output: SpanOutput = self._finish(SpanOutput(loss, start_BL, end_BL), encoded, return_dict)
         return output
 
+    def rows(self, batch: Packed) -> Tensor:
+        """(tokens, 2): start and end logits."""
+        hidden_TD = encode_packed(self.ernie_m, batch)
+        return torch.cat([self.linear_start(hidden_TD), self.linear_end(hidden_TD)], dim=1)
 
-class ErnieMForEmbedding(_Head):
+
+class ErnieMForEmbedding(Head):
     """One vector for a whole text. It has no weights of its own; any encoder will do.
 
     Args:
@@ -332,6 +369,24 @@ class ErnieMForEmbedding(_Head):
             vectors_BD = (sums_BD / is_real_BL1.sum(dim=1).clamp(min=1)).to(hidden_BLD.dtype)
         output: LogitsOutput = self._finish(LogitsOutput(None, vectors_BD), encoded, return_dict)
         return output
+
+    def rows(self, batch: Packed) -> Tensor:
+        """(texts, hidden), or (tokens, hidden) with pooling `none`."""
+        if self.pooling == "pooler":
+            return self._pooled(batch)
+        hidden_SD = encode_packed(self.ernie_m, batch, firsts_only=self.pooling == "cls")
+        if self.pooling in ("cls", "none"):
+            return hidden_SD
+        is_real_T1 = (batch.ids_T != self.config.pad_token_id)[:, None]
+        if self.pooling == "max":
+            hidden_SD = hidden_SD.masked_fill(~is_real_T1, -torch.inf)
+            return torch.stack([part.amax(dim=0) for part in torch.split(hidden_SD, batch.lengths)])
+        dtype = torch.promote_types(hidden_SD.dtype, torch.float32)
+        summed_SD = hidden_SD.to(dtype) * is_real_T1
+        sums_ND = torch.stack([part.sum(dim=0) for part in torch.split(summed_SD, batch.lengths)])
+        counts = [int(part.sum()) for part in torch.split(is_real_T1.cpu(), batch.lengths)]
+        counts_N1 = torch.tensor(counts, device=sums_ND.device).clamp(min=1)[:, None]
+        return (sums_ND / counts_N1).to(hidden_SD.dtype)
 
 
 def _position_loss(logits_BL: Tensor, positions: Tensor) -> Tensor:

@@ -39,16 +39,15 @@ class BatchReport:
     """One forward pass.
 
     Attributes:
-        n_items: rows of the batch.
-        n_tokens: without padding.
-        n_padded_tokens: rows x longest.
+        n_items: in the batch.
+        n_tokens: of the batch, and of those n_padding that are padding.
         waited: seconds that the oldest item had waited.
         seconds: of the pass.
     """
 
     n_items: int
     n_tokens: int
-    n_padded_tokens: int
+    n_padding: int
     waited: float
     seconds: float
 
@@ -138,16 +137,16 @@ class Device:
 
 @dataclass(eq=False)
 class Batcher(Generic[Item, Result]):
-    """Batches within a budget of padded tokens, the oldest item always in the next.
+    """Batches within a budget of tokens, first come, first served.
 
     Attributes:
         forward: computes a batch on so many lanes: one result for each item, in order. It must
             leave the event loop free. If it raises, the requests of that batch fail, and no others.
-        length: tokens of an item.
-        max_batch_tokens: rows x longest of a batch; an item above it goes alone.
+        length: tokens of an item, as the model computes it.
+        padding: how many of them are padding.
+        max_batch_tokens: of a batch; an item above it goes alone.
         max_queue_tokens: of all that waits; a request above it by itself is taken if nothing else
             waits.
-        pass_tokens: what a pass costs beside its tokens, in tokens; see `pick`.
         lane_tokens: what waits is shared among free lanes, but in batches of no fewer tokens.
         on_batch: told of every pass.
         device: where they run.
@@ -161,7 +160,7 @@ class Batcher(Generic[Item, Result]):
     length: Callable[[Item], int]
     max_batch_tokens: int
     max_queue_tokens: int
-    pass_tokens: int = 1 << 20
+    padding: Callable[[Item], int] = lambda item: 0
     lane_tokens: int = 128
     on_batch: Callable[[BatchReport], None] = lambda report: None
     device: Device = field(default_factory=Device)
@@ -259,15 +258,15 @@ class Batcher(Generic[Item, Result]):
         return True
 
     def _next_batch(self) -> list[_Waiting[Item, Result]]:
-        """The oldest item, and those of the most similar length within the budget."""
-        waiting = list(self._queue)
+        """The oldest item, and those after it that fit."""
         share = math.ceil(self._n_tokens / (1 + self.device.n_free))
         budget = min(self.max_batch_tokens, max(share, self.lane_tokens))
-        chosen = pick([entry.length for entry in waiting], budget, self.pass_tokens)
-        taken = set(chosen)
-        self._queue = deque(entry for i, entry in enumerate(waiting) if i not in taken)
-        batch = [waiting[i] for i in chosen]
-        self._n_tokens -= sum(entry.length for entry in batch)
+        batch = [self._queue.popleft()]
+        n_tokens = batch[0].length
+        while self._queue and n_tokens + self._queue[0].length <= budget:
+            batch.append(self._queue.popleft())
+            n_tokens += batch[-1].length
+        self._n_tokens -= n_tokens
         return batch
 
     async def _run(self, batch: list[_Waiting[Item, Result]], n_lanes: int) -> None:
@@ -299,16 +298,16 @@ class Batcher(Generic[Item, Result]):
     def _account(
         self, batch: list[_Waiting[Item, Result]], started: float, seconds: float, n_lanes: int
     ) -> None:
-        n_padded = len(batch) * max(entry.length for entry in batch)
-        speed = n_padded / seconds * self.device.n_lanes / n_lanes
+        n_tokens = sum(entry.length for entry in batch)
+        speed = n_tokens / seconds * self.device.n_lanes / n_lanes
         before = self._tokens_per_s
         self._tokens_per_s = speed if before is None else 0.8 * before + 0.2 * speed
         self.on_batch(
             BatchReport(
                 n_items=len(batch),
-                n_tokens=sum(entry.length for entry in batch),
-                n_padded_tokens=n_padded,
-                waited=started - min(entry.since for entry in batch),
+                n_tokens=n_tokens,
+                n_padding=sum(self.padding(entry.item) for entry in batch),
+                waited=started - batch[0].since,
                 seconds=seconds,
             )
         )
@@ -322,31 +321,3 @@ class Batcher(Generic[Item, Result]):
     def _seconds_for(self, n_tokens: int) -> float:
         """How long so many tokens will take, by what was seen."""
         return n_tokens / self._tokens_per_s if self._tokens_per_s else 1.0
-
-
-def pick(lengths: Sequence[int], max_tokens: int, pass_tokens: int = 0) -> list[int]:
-    """Which of the waiting items, oldest first, go into the next batch: the oldest, then those
-    nearest to its length, as long as rows x longest stays within the budget and a token gets no
-    dearer by them.
-
-    Args:
-        pass_tokens: what a pass costs beside its tokens, in tokens. The smaller, the more a batch
-            of its own pays for items of another length.
-
-    Example:
-        >>> pick([8, 100, 9, 7, 8], max_tokens=32, pass_tokens=100)
-        [0, 4, 2]
-        >>> pick([8, 100, 9, 7, 8], max_tokens=1024, pass_tokens=10)
-        [0, 4, 2, 3]
-    """
-    if not lengths:
-        return []
-    chosen, longest, real = [0], lengths[0], lengths[0]
-    # Of two that are as near, the older.
-    for i in sorted(range(1, len(lengths)), key=lambda i: (abs(lengths[i] - lengths[0]), i)):
-        wider, n = max(longest, lengths[i]), len(chosen) + 1
-        before, after = pass_tokens + longest * (n - 1), pass_tokens + wider * n
-        if wider * n <= max_tokens and after * real <= before * (real + lengths[i]):
-            chosen.append(i)
-            longest, real = wider, real + lengths[i]
-    return chosen

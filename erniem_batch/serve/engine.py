@@ -42,9 +42,6 @@ T = TypeVar("T")
 TEXT_THREADS = 2
 # Characters of a text that is read on the event loop itself.
 SMALL_TEXT = 1000
-# What a forward pass costs beside its tokens, in tokens: on a CPU little, so that filling a batch
-# with padding does not pay (measured, tests/benchmarks/serve.py); a GPU waits to be filled.
-PASS_TOKENS = {"cpu": 35, "cuda": 4096}
 # Sets of options that requests have brought, kept ready.
 MAX_OPTION_SETS = 256
 WARM_UP_S = 600.0
@@ -155,10 +152,10 @@ class Engine:
         for task, predictor in self.predictors.items():
             batcher = Batcher(
                 self._forward(predictor),
-                _length,
+                predictor.size,
+                padding=partial(_n_padding, predictor),
                 max_batch_tokens=predictor.max_batch_tokens,
                 max_queue_tokens=self.config.max_queue_tokens,
-                pass_tokens=PASS_TOKENS[predictor.device.type],
                 on_batch=partial(self._report, task),
                 device=device,
             )
@@ -315,8 +312,8 @@ class Engine:
             await asyncio.wrap_future(predictor.begin_forward(_largest_batch(predictor), 1))
 
 
-def _length(window: Window) -> int:
-    return len(window.ids)
+def _n_padding(predictor: Predictor, window: Window) -> int:
+    return predictor.size(window) - len(window.ids)
 
 
 def _option_of(ask: Ask, message: str) -> str:

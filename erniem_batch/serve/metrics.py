@@ -48,7 +48,7 @@ class BatchMetrics:
         self._tokens = Counter("erniem_serve_tokens", "Tokens computed.", tag_keys=keys)
         self._padding = Counter(
             "erniem_serve_padding_tokens",
-            "Computed for nothing but a common length.",
+            "Of the tokens computed, those that only fill up (a model that reads padding).",
             tag_keys=keys,
         )
         self._windows = Counter("erniem_serve_windows", "Model inputs computed.", tag_keys=keys)
@@ -56,9 +56,7 @@ class BatchMetrics:
             "queue_seconds", "That the oldest window of a batch had waited.", SECONDS
         )
         self._forward = histogram("forward_seconds", "Of a forward pass.", SECONDS)
-        self._fill = histogram(
-            "batch_fill", "Padded tokens of a batch as a share of the budget.", SHARES
-        )
+        self._fill = histogram("batch_fill", "Tokens of a batch as a share of the budget.", SHARES)
         self._waiting = Gauge(
             "erniem_serve_waiting_tokens", "That no pass has taken yet.", tag_keys=keys
         )
@@ -75,12 +73,12 @@ class BatchMetrics:
         """After each forward pass."""
         tags = self._tags | {"task": task}
         self._tokens.inc(report.n_tokens, tags=tags)
-        if report.n_padded_tokens > report.n_tokens:
-            self._padding.inc(report.n_padded_tokens - report.n_tokens, tags=tags)
+        if report.n_padding:
+            self._padding.inc(report.n_padding, tags=tags)
         self._windows.inc(report.n_items, tags=tags)
         self._queue.observe(report.waited, tags=tags)
         self._forward.observe(report.seconds, tags=tags)
-        self._fill.observe(min(1.0, report.n_padded_tokens / self._max[task]), tags=tags)
+        self._fill.observe(min(1.0, report.n_tokens / self._max[task]), tags=tags)
         self.set_waiting(task, n_waiting_tokens)
 
     def set_waiting(self, task: str, n_tokens: int) -> None:

@@ -14,7 +14,7 @@ from erniem_batch.config import PredictorConfig
 from erniem_batch.evaluate.qa_text import compare, mlqa_normal
 from erniem_batch.gold import Annotated
 from erniem_batch.metrics import span_scores
-from erniem_batch.model.checkpoint import PreTrainedModel
+from erniem_batch.model.heads import Head
 from erniem_batch.options import (
     ChooseOptions,
     ClassifyOptions,
@@ -42,7 +42,7 @@ OPTIONS: dict[str, Options] = {
 
 def measure(
     task: str,
-    model: PreTrainedModel,
+    model: Head,
     tokenizer: ErnieMTokenizer,
     rows: Sequence[Annotated],
     prompts: Prompts,

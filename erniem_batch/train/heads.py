@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from erniem_batch.model.checkpoint import PreTrainedModel
 from erniem_batch.model.config import ErnieMConfig
 from erniem_batch.model.encoder import ErnieMModel
 from erniem_batch.model.heads import (
@@ -27,10 +26,11 @@ from erniem_batch.model.heads import (
     ErnieMForQuestionAnswering,
     ErnieMForSequenceClassification,
     ErnieMForTokenClassification,
+    Head,
 )
 from erniem_batch.train.plan import MicroBatch
 
-HEADS_BY_TASK: dict[str, type[PreTrainedModel]] = {
+HEADS_BY_TASK: dict[str, type[Head]] = {
     "ner": ErnieMForTokenClassification,
     "classify": ErnieMForSequenceClassification,
     "choose": ErnieMForMultipleChoice,
@@ -51,7 +51,7 @@ class SharedHeads(nn.Module):
     Poolers belong to the heads: each learns its own.
     """
 
-    def __init__(self, models: Mapping[str, PreTrainedModel]) -> None:
+    def __init__(self, models: Mapping[str, Head]) -> None:
         super().__init__()
         self.models = nn.ModuleDict(models)
         encoders = [encoder_of(model) for model in models.values()]
@@ -59,9 +59,9 @@ class SharedHeads(nn.Module):
             encoder.embeddings = encoders[0].embeddings
             encoder.encoder = encoders[0].encoder
 
-    def __getitem__(self, task: str) -> PreTrainedModel:
+    def __getitem__(self, task: str) -> Head:
         model = self.models[task]
-        assert isinstance(model, PreTrainedModel)
+        assert isinstance(model, Head)
         return model
 
     def loss(self, batch: MicroBatch, device: torch.device, smoothing: float = 0.0) -> Tensor:
@@ -77,7 +77,7 @@ class SharedHeads(nn.Module):
         return LOSSES[batch.task](model, input_ids, batch)
 
 
-def encoder_of(model: PreTrainedModel) -> ErnieMModel:
+def encoder_of(model: Head) -> ErnieMModel:
     """The encoder under a head."""
     assert isinstance(model.ernie_m, ErnieMModel)
     return model.ernie_m
@@ -85,7 +85,7 @@ def encoder_of(model: PreTrainedModel) -> ErnieMModel:
 
 def new_model(
     task: str, folder: Path, labels: Sequence[str], problem_type: str | None, dropout: float | None
-) -> PreTrainedModel:
+) -> Head:
     """The encoder of a folder under the head of a task, float32; the head of the folder too if it
     has these labels."""
     config = ErnieMConfig.from_pretrained(folder)

@@ -13,7 +13,6 @@ from erniem_batch.serve.batcher import (
     ClosedError,
     Device,
     QueueFullError,
-    pick,
 )
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=30)
@@ -57,39 +56,6 @@ async def ticks(n: int = 5) -> None:
         await asyncio.sleep(0)
 
 
-@given(LENGTHS, st.integers(1, 200), st.integers(0, 300))
-def test_what_is_picked(lengths, max_tokens, pass_tokens):
-    chosen = pick(lengths, max_tokens, pass_tokens)
-    assert chosen[0] == 0, "the oldest"
-    assert len(set(chosen)) == len(chosen)
-    longest, real = max(lengths[i] for i in chosen), sum(lengths[i] for i in chosen)
-    padded = len(chosen) * longest
-    assert padded <= max_tokens or chosen == [0]
-    alone = (pass_tokens + lengths[0]) / lengths[0]
-    assert (pass_tokens + padded) / real <= alone + 1e-9, "no token is dearer than alone"
-    for i in set(range(len(lengths))) - set(chosen):
-        if lengths[i] == lengths[0]:
-            assert longest * (len(chosen) + 1) > max_tokens, (
-                "equals go together while there is room"
-            )
-
-
-@given(LENGTHS, st.integers(1, 200))
-def test_where_a_pass_is_dear_it_is_filled(lengths, max_tokens):
-    chosen = pick(lengths, max_tokens, pass_tokens=10**9)
-    for i in set(range(len(lengths))) - set(chosen):
-        wider = max([lengths[i], *(lengths[j] for j in chosen)])
-        nearer = all(
-            (abs(lengths[j] - lengths[0]), j) <= (abs(lengths[i] - lengths[0]), i) for j in chosen
-        )
-        if nearer:
-            assert wider * (len(chosen) + 1) > max_tokens, "there was room"
-
-
-def test_nothing_to_pick():
-    assert pick([], 10) == []
-
-
 @settings(deadline=None)
 @given(
     st.lists(LENGTHS.map(lambda x: [i for i in x if i != 13]), min_size=1, max_size=12),
@@ -103,7 +69,7 @@ def test_everybody_gets_their_own_answers(requests, n_lanes):
         assert [a.results for a in answers] == [[2 * i for i in items] for items in requests]
         sent = sorted(item for batch in engine.batches for item in batch)
         assert sent == sorted(item for items in requests for item in items), "each once"
-        assert all(len(b) * max(b) <= 64 for b in engine.batches if len(b) > 1)
+        assert all(sum(b) <= 64 for b in engine.batches if len(b) > 1)
         assert batcher.n_waiting_tokens == 0
 
     run(test)
@@ -262,12 +228,14 @@ def test_passes_are_reported():
 
     async def test() -> None:
         engine = Engine()
-        async with batcher_of(engine, max_batch=30, on_batch=reports.append) as batcher:
+        async with batcher_of(
+            engine, max_batch=30, on_batch=reports.append, padding=lambda item: 1
+        ) as batcher:
             assert (await batcher.submit([10, 8, 9, 60])).results == [20, 16, 18, 120]
 
     run(test)
-    seen = [(r.n_items, r.n_tokens, r.n_padded_tokens) for r in reports]
-    assert seen == [(3, 27, 30), (1, 60, 60)]
+    seen = [(r.n_items, r.n_tokens, r.n_padding) for r in reports]
+    assert seen == [(3, 27, 3), (1, 60, 1)]
     assert all(r.waited >= 0 and r.seconds > 0 for r in reports)
 
 

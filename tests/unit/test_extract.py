@@ -15,7 +15,6 @@ from torch import nn
 from erniem_batch import ErnieMConfig
 from erniem_batch.config import PredictorConfig
 from erniem_batch.errors import ConfigError
-from erniem_batch.model.outputs import SpanOutput
 from erniem_batch.options import ExtractOptions
 from erniem_batch.predictor import Predictor
 from erniem_batch.records import Failure, Record
@@ -49,17 +48,20 @@ class FindingModel(nn.Module):
     def ids(tokenizer, text):
         return tuple(tokenizer.encode_batch([text]).ids.tolist())
 
-    def forward(self, ids_BL):
-        self.batches.append(tuple(ids_BL.shape))
-        scores = torch.full((2, *ids_BL.shape), NO)
-        for row, ids in enumerate(ids_BL.tolist()):
+    def rows(self, batch):
+        self.batches.append(tuple(batch.lengths))
+        scores_T2 = torch.full((len(batch.ids_T), 2), NO)
+        for scores, part in zip(
+            scores_T2.split(batch.lengths), batch.ids_T.split(batch.lengths), strict=True
+        ):
+            ids = part.tolist()
             end_of_prompt = ids.index(2)
             for phrase in self.phrases.get(tuple(ids[1:end_of_prompt]), []):
                 for at in range(1, len(ids) - len(phrase) + 1):
                     if tuple(ids[at : at + len(phrase)]) == phrase:
-                        scores[0, row, at] = YES
-                        scores[1, row, at + len(phrase) - 1] = YES
-        return SpanOutput(start_logits=scores[0], end_logits=scores[1])
+                        scores[at, 0] = YES
+                        scores[at + len(phrase) - 1, 1] = YES
+        return scores_T2
 
 
 @pytest.fixture
@@ -277,7 +279,7 @@ def test_equal_texts_are_computed_once(extract):
     results = ask(predictor, *["in Berlin"] * 50)
     assert results == results[:1] * 50
     assert predictor.model.batches == [
-        (1, len(predictor.encode([Record("", "in Berlin")])[0].windows[0].ids))
+        (len(predictor.encode([Record("", "in Berlin")])[0].windows[0].ids),)
     ]
 
 

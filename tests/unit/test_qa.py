@@ -9,7 +9,6 @@ from torch import nn
 
 from erniem_batch import ErnieMConfig
 from erniem_batch.config import PredictorConfig
-from erniem_batch.model.outputs import SpanOutput
 from erniem_batch.options import QaOptions
 from erniem_batch.predictor import Predictor
 from erniem_batch.records import Failure, Record
@@ -30,9 +29,8 @@ class KnowingModel(nn.Module):
                 table[token] = score
             table[0] = null
 
-    def forward(self, ids_BL):
-        start_logits, end_logits = self.tables[0][ids_BL], self.tables[1][ids_BL]
-        return SpanOutput(start_logits=start_logits, end_logits=end_logits)
+    def rows(self, batch):
+        return self.tables[:, batch.ids_T].T
 
 
 @pytest.fixture
