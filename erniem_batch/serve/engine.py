@@ -325,7 +325,7 @@ def _option_of(ask: Ask, message: str) -> str:
 def _is_small(ask: Ask) -> bool:
     """Whether its text takes less time to read than another thread takes to begin: half a
     millisecond on the event loop harms nobody."""
-    is_plain = ask.task in ("ner", "classify", "embed") and not ask.options
+    is_plain = ask.task in ("ner", "classify", "embed") and "candidate_labels" not in ask.options
     return is_plain and len(ask.items) == 1 and len(ask.items[0]["text"]) <= SMALL_TEXT
 
 

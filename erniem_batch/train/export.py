@@ -13,10 +13,11 @@ import torch
 
 from erniem_batch import storage
 from erniem_batch.errors import StorageError
-from erniem_batch.model.checkpoint import PreTrainedModel, save_overlay
+from erniem_batch.model.checkpoint import save_overlay
 from erniem_batch.model.config import ErnieMConfig
 from erniem_batch.model.encoder import ErnieMModel
 from erniem_batch.model.fetch import ENCODER
+from erniem_batch.model.heads import Head
 from erniem_batch.model.overlay import base_folder
 from erniem_batch.text.tokenizer import ErnieMTokenizer
 from erniem_batch.train.config import FinetuneConfig
@@ -69,14 +70,14 @@ def export(
     logger.info("saved output=%s", config.output)
 
 
-def _reset_dropout(model: PreTrainedModel, before: ErnieMConfig) -> None:
+def _reset_dropout(model: Head, before: ErnieMConfig) -> None:
     names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
     encoder_of(model).config = replace(
         model.config, **{name: getattr(before, name) for name in names}
     )
 
 
-def _encoder_of(model: PreTrainedModel) -> ErnieMModel:
+def _encoder_of(model: Head) -> ErnieMModel:
     """The shared layers as a model of their own, without anything of a task."""
     plain = replace(model.config, id2label=None, label2id=None, num_labels=None, problem_type=None)
     with torch.device("meta"):
