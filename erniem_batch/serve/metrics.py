@@ -45,10 +45,12 @@ class BatchMetrics:
         def histogram(name: str, text: str, boundaries: list[float]) -> Histogram:
             return Histogram(f"erniem_serve_{name}", text, boundaries=boundaries, tag_keys=keys)
 
-        self._tokens = Counter("erniem_serve_tokens", "Tokens computed.", tag_keys=keys)
+        self._tokens = Counter(
+            "erniem_serve_tokens", "Tokens computed, without padding.", tag_keys=keys
+        )
         self._padding = Counter(
             "erniem_serve_padding_tokens",
-            "Of the tokens computed, those that only fill up (a model that reads padding).",
+            "Computed only since the model reads padding (`taskflow_compat`).",
             tag_keys=keys,
         )
         self._windows = Counter("erniem_serve_windows", "Model inputs computed.", tag_keys=keys)
@@ -72,7 +74,7 @@ class BatchMetrics:
     def __call__(self, task: str, report: BatchReport, n_waiting_tokens: int) -> None:
         """After each forward pass."""
         tags = self._tags | {"task": task}
-        self._tokens.inc(report.n_tokens, tags=tags)
+        self._tokens.inc(report.n_tokens - report.n_padding, tags=tags)
         if report.n_padding:
             self._padding.inc(report.n_padding, tags=tags)
         self._windows.inc(report.n_items, tags=tags)

@@ -21,6 +21,8 @@ text when it has its answer. `short` texts have 10 to 40 tokens, of many languag
 What the service adds to a single forward pass is measured in pairs: the pass in a process of its
 own, then the request, in turn (serve/paired.py). What Ray Serve itself takes is seen by texts of no
 token, from 32 clients (`empty`): so many a second it passes on when there is nothing to compute.
+With the cores shared, a service cannot do more than 1 / (1 / bare + 1 / empty) texts a second: what
+is `possible` as a share of bare. Requests with 8 texts each show the service without that.
 
 All have the same threads and float32. They take turns, each alone on the machine; with --repeat,
 in turned order every other round, and figures are medians of the rounds. The bare loop runs before
@@ -70,6 +72,7 @@ ANSWER_S = 300
 WARM_UP_S = 3
 TARGET_SHARE = 0.85
 TARGET_CLIENTS = 32
+LIST = 8
 TARGET_ADDED_MS = 15.0
 # A quiet machine is that steady.
 STEADY = 0.15
@@ -319,6 +322,11 @@ def measure_added(
     bodies.write_text('{"inputs": ""}\n')
     empty = put_under_load(f"{address}/v1/ner", bodies, TARGET_CLIENTS, seconds)
     report["empty_per_s"] = empty.texts_per_s
+    texts = json.loads((folder / f"{kind}.json").read_text())
+    lists = [texts[i : i + LIST] for i in range(0, len(texts) - LIST + 1, LIST)]
+    bodies.write_text("".join(f"{json.dumps({'inputs': list_})}\n" for list_ in lists))
+    many = put_under_load(f"{address}/v1/ner", bodies, TARGET_CLIENTS, seconds)
+    report["in_lists"] = {"texts_per_s": LIST * many.texts_per_s, "tokens_per_s": many.tokens_per_s}
     console.print(f"paired {kind}: {json.dumps(report)}", highlight=False)
     return report
 
@@ -401,6 +409,12 @@ def targets(
                           "of_all_in_one_call": ratio(busy, mark["all"], "texts_per_s"),
                           "met": share >= TARGET_SHARE if is_steady else None,
                           "bare_varied_by": spreads[kind]})  # fmt: skip
+            if kind in paired:
+                empty = paired[kind]["empty_per_s"]
+                found[-1]["possible"] = round(1 / (1 + mark["lists"]["texts_per_s"] / empty), 3)
+                found[-1][f"with_{LIST}_a_request"] = ratio(
+                    paired[kind]["in_lists"], mark["lists"], "tokens_per_s"
+                )
         if kind in paired:
             added = paired[kind]["added_ms"]
             found.append({"target": f"{kind}: ms added to a forward pass, p50, 1 client",
