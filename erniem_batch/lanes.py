@@ -26,7 +26,10 @@ class Lanes:
     def __init__(self, n_threads: int | None = None, n_lanes: int = 1) -> None:
         self.n_threads = n_threads
         self.n_lanes = min(n_lanes, n_threads or 1)
-        self._pool = ThreadPoolExecutor(self.n_lanes, "forward")
+        # Threads of torch belong to the thread that calls it, and they idle well only while there
+        # are no more of them than cores: so a pass on all lanes always has the same caller.
+        self._wide = ThreadPoolExecutor(1, "forward")
+        self._narrow = ThreadPoolExecutor(self.n_lanes, "forward-lane")
 
     def submit(
         self, width: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
@@ -36,11 +39,13 @@ class Lanes:
         Args:
             width: lanes whose threads it gets; only the caller knows what else runs.
         """
-        return self._pool.submit(self._run, width, partial(function, *args, **kwargs))
+        pool = self._wide if width == self.n_lanes else self._narrow
+        return pool.submit(self._run, width, partial(function, *args, **kwargs))
 
     def close(self) -> None:
         """Ends the threads when what was submitted is done."""
-        self._pool.shutdown()
+        self._wide.shutdown()
+        self._narrow.shutdown()
 
     def _run(self, width: int, function: Callable[[], T]) -> T:
         if self.n_threads is not None:

@@ -66,6 +66,7 @@ DEMO_VOCAB = REPOSITORY / "erniem_batch" / "demo" / "encoder"
 CLIENTS = (1, 8, 32, 128)
 KINDS = ("short", "mixed")
 TASKS = ("ner", "classify", "embed")
+NAMES = ("ours", "naive", "infinity")
 START_S = 300
 STOP_S = 60
 ANSWER_S = 300
@@ -478,6 +479,7 @@ def main(
     clients: list[int] | None = None,
     kinds: list[str] | None = None,
     tasks: list[str] | None = None,
+    servers: list[str] | None = None,
     threads: int = 2,
     vocab: Path | None = None,
 ) -> None:
@@ -492,6 +494,7 @@ def main(
         clients: How many at a time.
         kinds: Of texts: short, mixed.
         tasks: ner, classify, embed. The naive server does ner, infinity the others.
+        servers: ours, naive, infinity; default: all.
         threads: Of torch, for all.
         vocab: Folder with the vocabulary of the model; default: ../shared/vocab beside the
             repository if it is there, else that of the demo.
@@ -506,7 +509,8 @@ def main(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_inputs(folder, vocab, quick)
-        servers = contenders(folder, threads, infinity_python)
+        everybody = contenders(folder, threads, infinity_python)
+        running_order = [c for c in everybody if c.name in (servers or NAMES)]
         plan = [p for p in product(tasks, kinds, n_clients) if not quick or p[0] == tasks[0]
                 or p[2] == TARGET_CLIENTS]  # fmt: skip
         loads: dict[Key, list[Load]] = {}
@@ -515,7 +519,7 @@ def main(
         machine = [os.getloadavg()[0]]
         for number in range(repeat):
             measure_marks(bare, folder, seconds, threads)
-            for server in servers if number % 2 == 0 else reversed(servers):
+            for server in running_order if number % 2 == 0 else reversed(running_order):
                 if not set(tasks) & set(server.routes):
                     continue
                 found = measure_server(server, folder, plan, seconds, threads, paired)
