@@ -1,6 +1,6 @@
 """The service under load on this machine, beside others, in one run.
 
-    python tests/benchmarks/serve.py [--seconds 20] [--repeat 3] [--infinity-python PATH] [--quick]
+    python tests/benchmarks/serve.py [--seconds 40] [--repeat 3] [--infinity-python PATH] [--quick]
 
 The model is made here: ErnieM of the size of ernie-m-base with random weights, and heads for named
 entities and classification; --quick takes two layers and few measurements. Texts come one a
@@ -27,7 +27,8 @@ is `possible` as a share of bare. Requests with 8 texts each show the service wi
 All have the same threads and float32. They take turns, each alone on the machine; with --repeat,
 in turned order every other round, and figures are medians of the rounds. The bare loop runs before
 and after the others: where it varies, the machine was busy with something else, and no target is
-called met or missed. A figure of few answers means little: give more --seconds. wrk fills its
+called met or missed. What is under way when the time is over is not counted: --seconds should be
+many times a latency. wrk fills its
 histogram of latencies with requests that were never sent, where answers are slow: that is taken
 out again. A table goes to stderr, one line of JSON to stdout.
 """
@@ -472,7 +473,7 @@ def print_table(
 @app.default
 def main(
     *,
-    seconds: float = 20,
+    seconds: float = 40,
     repeat: int = 1,
     infinity_python: Path | None = None,
     quick: bool = False,
