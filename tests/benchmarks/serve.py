@@ -28,9 +28,8 @@ All have the same threads and float32. They take turns, each alone on the machin
 in turned order every other round, and figures are medians of the rounds. The bare loop runs before
 and after the others: where it varies, the machine was busy with something else, and no target is
 called met or missed. What is under way when the time is over is not counted: --seconds should be
-many times a latency. wrk fills its
-histogram of latencies with requests that were never sent, where answers are slow: that is taken
-out again. A table goes to stderr, one line of JSON to stdout.
+many times a latency. wrk fills its histogram of latencies with requests that were never sent, where
+answers are slow: that is taken out again. A table goes to stderr, one line of JSON to stdout.
 """
 
 import json
