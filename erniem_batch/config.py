@@ -8,7 +8,7 @@ from erniem_batch.errors import ConfigError
 from erniem_batch.options import NerOptions, Options
 
 DEMO = "demo"
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "int8")
 N_SPECIAL_TOKENS = 2
 
 # Tokens in one forward pass. A CPU is fastest while a batch stays in its cache; a GPU needs
@@ -28,7 +28,7 @@ class PredictorConfig:
         window_tokens: longest model input, special tokens included.
         overlap_tokens: tokens that two neighbouring windows of a long text share.
         max_batch_tokens: tokens in one forward pass; None: by device.
-        dtype: of weights and computation.
+        dtype: of weights and computation; int8: of the linear layers of the encoder, on a CPU.
         device: cpu, cuda, cuda:1, …; None: cuda if there is one.
         n_threads: threads of one forward pass on CPU; None: torch's choice.
     """

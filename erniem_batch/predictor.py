@@ -25,6 +25,7 @@ from erniem_batch.lanes import Lanes
 from erniem_batch.language import detect_languages
 from erniem_batch.model.config import ErnieMConfig
 from erniem_batch.model.heads import HEADS, Head
+from erniem_batch.model.int8 import quantize_linears
 from erniem_batch.model.packed import pack
 from erniem_batch.records import (
     Counters,
@@ -101,6 +102,9 @@ class Predictor:
             ConfigError: the settings do not fit the model.
             CheckpointError: the folder is incomplete or lacks the head of the task.
         """
+        is_int8 = config.dtype == "int8"
+        if is_int8 and usable_device(config.device).type != "cpu":
+            raise ConfigError("dtype=int8 is for CPUs: on a GPU use float16 or bfloat16")
         folder = config.model_folder
         model_config = ErnieMConfig.from_pretrained(folder)
         tokenizer = ErnieMTokenizer.from_pretrained(folder)
@@ -111,9 +115,14 @@ class Predictor:
             )
         task = make_task(config, tokenizer, model_config)
         model = HEADS[task.head].from_pretrained(
-            folder, dtype=config.dtype, mask_mode=task.mask_mode, **task.head_options
+            folder,
+            dtype="float32" if is_int8 else config.dtype,
+            mask_mode=task.mask_mode,
+            **task.head_options,
         )
         assert isinstance(model, Head)
+        if is_int8:
+            quantize_linears(model.ernie_m.encoder)
         if len(tokenizer) > model.config.vocab_size:
             raise ConfigError(
                 f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only "

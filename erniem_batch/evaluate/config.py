@@ -59,7 +59,7 @@ class EvaluateConfig:
         window_tokens: Longest model input of --model.
         overlap_tokens: Tokens that neighbouring windows share.
         max_batch_tokens: Tokens in one forward pass. Default: 1024 on CPU, 16384 on GPU.
-        dtype: Of weights and computation; float32 is exact.
+        dtype: Of weights and computation; float32 is exact; int8 is the fastest on a CPU (linear layers).
         device: cpu, cuda, cuda:1, …. Default: cuda if there is one.
         threads: Of one forward pass on CPU. Default: torch's choice.
 
@@ -87,7 +87,7 @@ class EvaluateConfig:
     window_tokens: int = PredictorConfig.window_tokens
     overlap_tokens: int = PredictorConfig.overlap_tokens
     max_batch_tokens: int | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
     device: Text = None
     threads: int | None = None
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from erniem_batch.model.config import ErnieMConfig
 from erniem_batch.model.encoder import ErnieMEncoderLayer, ErnieMModel, hidden_tokens
+from erniem_batch.model.int8 import prepared
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +124,10 @@ def _layer(
 ) -> Tensor:
     attention = layer.self_attn.self_attn
     asking_SD = hidden_TD if wanted_N is None else hidden_TD[wanted_N]
+    given_TD = prepared(attention.k_proj, hidden_TD)
     shape = (-1, len(attention.kept_heads), attention.head_width)
-    q_SHK = attention.q_proj(asking_SD).view(shape)
-    k_THK, v_THK = (p(hidden_TD).view(shape) for p in (attention.k_proj, attention.v_proj))
+    q_SHK = attention.q_proj(given_TD if wanted_N is None else given_TD[wanted_N]).view(shape)
+    k_THK, v_THK = (p(given_TD).view(shape) for p in (attention.k_proj, attention.v_proj))
     mixed_SD = _attend(q_SHK, k_THK, v_THK, batch.groups, wanted_N is not None)
     hidden_SD = layer.norm1(layer.self_attn.out_proj(mixed_SD).add_(asking_SD))
     inner = layer.activation(layer.linear1(hidden_SD))

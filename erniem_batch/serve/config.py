@@ -68,7 +68,7 @@ class ModelConfig(Strict):
     window_tokens: Positive = PredictorConfig.window_tokens
     overlap_tokens: Annotated[int, Field(ge=0)] = PredictorConfig.overlap_tokens
     max_batch_tokens: Positive | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
     num_cpus: Annotated[float, Field(ge=0)] = 1
     num_gpus: Annotated[float, Field(ge=0)] = 0
     replicas: Positive | Autoscaling = 1

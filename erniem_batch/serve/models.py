@@ -72,13 +72,13 @@ def load_predictors(config: ModelConfig, folders: Mapping[str, Path]) -> dict[st
 
 
 def share_weights(model: nn.Module, kept: dict[str, list[Tensor]]) -> None:
-    """Weights that are equal to some of a model before, in value and in name, become the same
-    memory.
+    """Weights, and buffers of int8 ones, that are equal to some of a model before, in value and in
+    name, become the same memory.
 
     Args:
         kept: of the models so far, by name; those of this one are added.
     """
-    for name, parameter in model.named_parameters():
+    for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
         twins = kept.setdefault(name, [])
         twin = next((t for t in twins if _is_equal(t, parameter.data)), None)
         if twin is None:
