@@ -21,6 +21,7 @@ import pytest
 from serving import served
 
 from erniem_batch.serve.api import make_api
+from erniem_batch.serve.batcher import Device
 from erniem_batch.serve.config import AppConfig, ModelConfig
 from erniem_batch.serve.engine import Engine
 from erniem_batch.serve.tokens import new_token
@@ -63,13 +64,13 @@ class Service:
         def do(work: Any) -> "Future[Any]":
             return asyncio.run_coroutine_threadsafe(work, loop)
 
-        do(batcher.turn.acquire()).result(10)
+        n_lanes = do(_taken(batcher.device)).result(10)
         waiting = do(_ask(self, model, task))
         try:
             do(_until(lambda: batcher.n_waiting_tokens > 0)).result(10)
             yield
         finally:
-            do(_released(batcher.turn)).result(10)
+            do(_given(batcher.device, n_lanes)).result(10)
             waiting.result(10)
 
 
@@ -85,8 +86,13 @@ async def _until(is_so: Any) -> None:
         await asyncio.sleep(0.01)
 
 
-async def _released(lock: asyncio.Lock) -> None:
-    lock.release()
+async def _taken(device: Device) -> int:
+    await device.take()
+    return 1 + device.take_rest()
+
+
+async def _given(device: Device, n_lanes: int) -> None:
+    device.give(n_lanes)
 
 
 @pytest.fixture(scope="module")
