@@ -50,7 +50,7 @@ def _report(**changes):
         (("ner", "--limit", "many"), "many"),
         (("ner", "--text-colum", "body"), "--text-column"),
         (("ner", "--actor", "2:2"), "--actors"),
-        (("ner", "--dtype", "int8"), "float32"),
+        (("ner", "--dtype", "int4"), "float32"),
         (("ner", "--input", "absent"), "--output is needed with --input"),
         (("ner", "--input", "absent", "--output", "out"), "--input absent: no file matches"),
         (("ner", "--window-tokens", "600", "--overlap-tokens", "600"), "lower it or raise"),

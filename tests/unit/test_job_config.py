@@ -36,7 +36,7 @@ from erniem_batch.job.cluster import (
         ({"actors": "2-3"}, "--actors must be MIN:MAX"),
         ({"actors": ""}, "--actors must be MIN:MAX"),
         ({"aggregation_strategy": "best"}, "aggregation_strategy must be one of none, simple"),
-        ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, got 'int8'"),
+        ({"dtype": "int4"}, "dtype must be one of float32, bfloat16, float16, int8, got 'int4'"),
         ({"min_score": -0.1}, "min_score must be from 0 to 1, got -0.1"),
         ({"window_tokens": 2}, "window_tokens=2 leaves no room"),
         ({"overlap_tokens": 510}, "overlap_tokens=510 must be from 0 to 509"),

@@ -523,7 +523,7 @@ def test_bfloat16_runs(ner_model_dir):
     ("options", "message"),
     [
         ({"aggregation_strategy": "best"}, "aggregation_strategy must be one of none, simple"),
-        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"dtype": "int4"}, "dtype must be one of"),
         ({"min_score": 1.1}, "min_score must be from 0 to 1, got 1.1"),
         ({"min_score": float("nan")}, "min_score must be from 0 to 1"),
         ({"window_tokens": 2}, "no room for text"),
