@@ -59,8 +59,8 @@ class EvaluateConfig:
         window_tokens: Longest model input of --model.
         overlap_tokens: Tokens that neighbouring windows share.
         max_batch_tokens: Tokens in one forward pass. Default: 1024 on CPU, 16384 on GPU.
-        dtype: Of weights and computation; float32 is exact;
-            int8 (linear layers) is the fastest on a CPU.
+        dtype: Of weights and computation; float32 is exact; int8
+            is for the linear layers of the encoder, on a CPU.
         device: cpu, cuda, cuda:1, …. Default: cuda if there is one.
         threads: Of one forward pass on CPU. Default: torch's choice.
 

@@ -64,8 +64,8 @@ class JobConfig:
         num_gpus_per_actor: GPUs of an actor; 0 runs on CPU.
         num_cpus_per_actor: CPUs (and threads) of an actor. Default: all cores up to 4 on one
             machine, else 4; 1 with a GPU.
-        dtype: Of weights and computation; float32 is exact;
-            int8 (linear layers) is the fastest on a CPU.
+        dtype: Of weights and computation; float32 is exact; int8
+            is for the linear layers of the encoder, on a CPU.
         address: Ray cluster to use: auto, an IP:PORT or ray://HOST:PORT. Default: inside a Ray job
             its own cluster, else a local one just for this run.
         max_dead_letters: Rows that may end as dead letters, a number or a share such as 0.1%; with

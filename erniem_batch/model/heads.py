@@ -4,6 +4,7 @@ Source: transformers 4.40.2 modeling_ernie_m.py. Everything after `input_ids` is
 because the reference orders the arguments differently from class to class.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -21,7 +22,7 @@ from erniem_batch.model.packed import Packed, encode_packed
 IGNORED_LABEL = -100
 
 
-class Head(PreTrainedModel):
+class Head(PreTrainedModel, ABC):
     """An encoder under the name `ernie_m`, as in the checkpoints, and what all heads share."""
 
     pooled: ClassVar[bool]
@@ -51,10 +52,10 @@ class Head(PreTrainedModel):
         assert isinstance(output, EncoderOutput)
         return output
 
+    @abstractmethod
     def rows(self, batch: Packed) -> Tensor:
         """What `forward` gives, without padding and for inference only: (tokens, columns), or
         (texts, columns) where the head looks at whole texts."""
-        raise NotImplementedError
 
     def _pooled(self, batch: Packed) -> Tensor:
         assert self.ernie_m.pooler is not None

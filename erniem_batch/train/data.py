@@ -27,8 +27,6 @@ from erniem_batch.train.plan import MicroBatch, Step, interleaved, micro_batches
 
 logger = logging.getLogger(__name__)
 
-# Where a training of several tasks leaves what they share.
-
 
 @dataclass(frozen=True)
 class TaskData:

@@ -153,7 +153,7 @@ def test_predictions_do_not_depend_on_neighbours(predictor):
 def test_batches_stay_in_the_budget(tokenizer, labelled):
     model = LookupModel(labelled)
     predictor = make_predictor(
-        model, tokenizer, window_tokens=32, overlap_tokens=8, max_batch_tokens=100
+        model, tokenizer, window_tokens=32, overlap_tokens=8, max_batch_tokens=70
     )
     words = ["voor", "het", "in", "de", "een", "op", "met", "van", "te", "dat"]
     texts = [
@@ -161,8 +161,8 @@ def test_batches_stay_in_the_budget(tokenizer, labelled):
         for n in (1, 80, 3, 25, 26, 7, 200)
     ]
     predictor.predict(_records(texts))
-    assert len(model.batches) > 2
-    assert all(sum(lengths) <= 100 for lengths in model.batches)
+    assert len(model.batches) > 3
+    assert all(sum(lengths) <= 70 for lengths in model.batches)
 
 
 def test_windows_padded_as_paddle_does_stay_in_the_budget(tokenizer, labelled):
@@ -326,11 +326,11 @@ CPU_OUT_OF_MEMORY = RuntimeError(
 
 
 @pytest.mark.parametrize("error", [None, CPU_OUT_OF_MEMORY])
-@pytest.mark.parametrize("at_first", [0, 1, 2])
+@pytest.mark.parametrize("at_first", [0, 1, 3])
 @pytest.mark.parametrize("most", [32, 40, 100, 200])
 def test_out_of_memory_makes_batches_smaller(tokenizer, labelled, most, at_first, error, caplog):
     options = {"window_tokens": 32, "overlap_tokens": 8, "max_batch_tokens": 256}
-    texts = [f"{FIRST} " * (1 + 7 * i % 60) for i in range(40)]
+    texts = [f"{FIRST} " * (1 + 7 * i % 60) for i in range(60)]
     calm = make_predictor(LookupModel(labelled), tokenizer, **options)
     model = Hungry(labelled, most, at_first=at_first, error=error)
     hungry = make_predictor(model, tokenizer, **options)
