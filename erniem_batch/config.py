@@ -1,5 +1,6 @@
 """What a predictor may be told, checked when it is made: mistakes are found at the start."""
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
@@ -10,10 +11,16 @@ from erniem_batch.options import NerOptions, Options
 DEMO = "demo"
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 N_SPECIAL_TOKENS = 2
+CACHE_VARIABLE = "ERNIEM_BATCH_CACHE"
 
-# Tokens in one forward pass. A CPU is fastest while a batch stays in its cache; a GPU needs
-# enough work to fill it.
-DEFAULT_BATCH_TOKENS = {"cpu": 1024, "cuda": 16_384}
+
+def cache_folder() -> Path:
+    """Where this machine keeps what it has fetched or found out."""
+    folder = os.environ.get(CACHE_VARIABLE)
+    if folder:
+        return Path(folder).expanduser()
+    # As the XDG Base Directory Specification says; an empty variable counts as none.
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "erniem_batch"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +34,7 @@ class PredictorConfig:
         detect_language: find out the language of each text, for thresholds by language.
         window_tokens: longest model input, special tokens included.
         overlap_tokens: tokens that two neighbouring windows of a long text share.
-        max_batch_tokens: tokens in one forward pass; None: by device.
+        max_batch_tokens: tokens in one forward pass; None: found by trying, see `budget`.
         dtype: of weights and computation; int8: of the linear layers of the encoder, on a CPU.
         device: cpu, cuda, cuda:1, …; None: cuda if there is one.
         n_threads: threads of one forward pass on CPU; None: torch's choice.
@@ -65,11 +72,6 @@ class PredictorConfig:
             )
         if self.n_threads is not None and self.n_threads < 1:
             raise ConfigError(f"n_threads must be at least 1, got {self.n_threads}")
-
-    def token_budget(self, device_type: str) -> int:
-        """`max_batch_tokens`, or its default on a device; a window always fits."""
-        default = DEFAULT_BATCH_TOKENS.get(device_type, DEFAULT_BATCH_TOKENS["cpu"])
-        return self.max_batch_tokens or max(default, self.window_tokens)
 
     def within(self, max_tokens: int) -> Self:
         """The same with windows that a model of so many tokens holds."""

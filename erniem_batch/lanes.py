@@ -10,6 +10,9 @@ import torch
 P = ParamSpec("P")
 T = TypeVar("T")
 
+# Of a CPU; each reads all weights from memory, so many of them would wait for it.
+MAX_LANES = 4
+
 
 class Lanes:
     """As many passes at a time as there are lanes; all predictors of a process should share them.
@@ -53,3 +56,14 @@ class Lanes:
             if torch.get_num_threads() != n_threads:  # of this thread, not of the process
                 torch.set_num_threads(n_threads)
         return function()
+
+
+def lanes_of(n_threads: int | None, device_type: str) -> Lanes:
+    """As many as are worth it.
+
+    Args:
+        n_threads: of torch; None: as many as it would take, on a CPU.
+    """
+    if device_type != "cpu":
+        return Lanes(n_threads)
+    return Lanes(n_threads or torch.get_num_threads(), MAX_LANES)

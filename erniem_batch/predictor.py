@@ -11,17 +11,18 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from itertools import islice
-from threading import Lock
+from threading import Event, Lock
 from typing import Any, Self
 
 import numpy as np
 import torch
 
 from erniem_batch.batching import plan_batches
+from erniem_batch.budget import find_budget
 from erniem_batch.config import PredictorConfig
 from erniem_batch.errors import ConfigError, DeviceError, RecordError
 from erniem_batch.isolation import run_isolated
-from erniem_batch.lanes import Lanes
+from erniem_batch.lanes import Lanes, lanes_of
 from erniem_batch.language import detect_languages
 from erniem_batch.model.config import ErnieMConfig
 from erniem_batch.model.heads import HEADS, Head
@@ -87,9 +88,9 @@ class Predictor:
         self.model = model.to(self.device).eval()
         self.task = task
         self.counters = Counters()
-        self.max_batch_tokens = config.token_budget(self.device.type)
         self._counting = Lock()
-        self._lanes = lanes or Lanes(config.n_threads)
+        self._lanes = lanes or lanes_of(config.n_threads, self.device.type)
+        self.max_batch_tokens = config.max_batch_tokens or self._found_budget()
 
     @classmethod
     def load(cls, config: PredictorConfig, lanes: Lanes | None = None) -> Self:
@@ -213,10 +214,10 @@ class Predictor:
         Raises:
             DeviceError: the device can no longer be used.
         """
-        return self.begin_forward(windows, self.n_lanes).result()
+        return self._forward_all(windows, side_by_side=True)
 
     def begin_forward(self, windows: Sequence[Window], width: int) -> Future[list[Rows]]:
-        """`forward` for those who must not wait, such as event loops.
+        """`forward` for those who must not wait, such as event loops; one batch at a time.
 
         Args:
             width: how many lanes' threads it gets, see `Lanes`.
@@ -251,7 +252,12 @@ class Predictor:
 
     # ---- on the forward thread ----------------------------------------------------------------
 
-    def _forward_all(self, windows: Sequence[Window]) -> list[FloatArray | Failure]:
+    def _forward_all(
+        self, windows: Sequence[Window], side_by_side: bool = False
+    ) -> list[FloatArray | Failure]:
+        """Args:
+        side_by_side: gives batches to all lanes; else this thread computes them, one by one.
+        """
         outputs: dict[int, FloatArray | Failure] = {}
         places: dict[bytes, int] = {}
         place_of = [places.setdefault(w.ids.tobytes(), len(places)) for w in windows]
@@ -259,7 +265,7 @@ class Predictor:
         todo = [distinct[i] for i in range(len(distinct))]
         store = _Store(todo)
         with self._timed("forward"):
-            while not self._forward_rest(todo, outputs, store):
+            while not self._forward_rest(todo, outputs, store, side_by_side):
                 self._halve_batches()
         with self._counting:
             self.counters.windows += len(windows)
@@ -271,19 +277,53 @@ class Predictor:
         windows: Sequence[Window],
         outputs: dict[int, FloatArray | Failure],
         store: "_Store",
+        side_by_side: bool,
     ) -> bool:
         """Adds the outputs that are missing; False if memory ran out before the last of them."""
         rest = [i for i in range(len(windows)) if i not in outputs]
         sizes = [self.size(windows[i]) for i in rest]
-        for batch in plan_batches(sizes, self.max_batch_tokens):
-            places = [rest[i] for i in batch]
-            try:
-                results = run_isolated([windows[i] for i in places], self._attempt, _failure)
-            except _BatchTooLarge:
-                return False
-            for place, result in zip(places, results, strict=True):
-                outputs[place] = result if isinstance(result, Failure) else store.keep(result)
-        return True
+        plan = plan_batches(sizes, self.max_batch_tokens, self.n_lanes if side_by_side else 1)
+        batches = [[windows[rest[i]] for i in batch] for batch in plan]
+        compute = self._on_all_lanes if side_by_side else self._here
+        enough = True
+        for batch, results in zip(plan, compute(batches), strict=True):
+            if results is None:
+                enough = False
+                continue
+            for i, result in zip(batch, results, strict=True):
+                outputs[rest[i]] = result if isinstance(result, Failure) else store.keep(result)
+        return enough
+
+    def _here(self, batches: Sequence[list[Window]]) -> Iterator[list[Rows] | None]:
+        stop = Event()
+        for batch in batches:
+            yield self._compute(batch, stop)
+
+    def _on_all_lanes(self, batches: Sequence[list[Window]]) -> Iterator[list[Rows] | None]:
+        stop = Event()
+        width = self.n_lanes if len(batches) == 1 else 1
+        passes = [self._lanes.submit(width, self._compute, batch, stop) for batch in batches]
+        try:
+            for each in passes:
+                yield each.result()
+        finally:
+            stop.set()
+
+    def _compute(self, batch: list[Window], stop: Event) -> list[Rows] | None:
+        """The results of a batch; None: memory ran out, and fewer windows may fit. Then it tells
+        those that come after not to try."""
+        if stop.is_set():
+            return None
+        try:
+            return run_isolated(batch, self._attempt, _failure)
+        except _BatchTooLarge:  # what it holds of the failed pass is gone with it
+            stop.set()
+            return None
+
+    def _found_budget(self) -> int:
+        # On the thread of a lane, which has as many threads of torch as a pass.
+        find = self._lanes.submit(1, find_budget, self.model.ernie_m, self.config.window_tokens)
+        return find.result()
 
     def _halve_batches(self) -> None:
         # Called when the error and its traceback are gone, which keep tensors of the failed pass.

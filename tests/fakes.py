@@ -199,7 +199,8 @@ def make_predictor(model: nn.Module, tokenizer: ErnieMTokenizer, **options: Any)
     Args:
         options: of NerOptions and of PredictorConfig.
     """
-    config = ner_config(PredictorConfig, device="cpu", n_threads=1, **options)
+    settings = {"n_threads": 1, "max_batch_tokens": 1024, **options}
+    config = ner_config(PredictorConfig, device="cpu", **settings)
     task = make_task(config, tokenizer, model.config)
     return Predictor(config, tokenizer, model, task)
 

@@ -58,7 +58,7 @@ class EvaluateConfig:
         report: Folder or URL for metrics.json, table.md, reliability.png and changed.jsonl.
         window_tokens: Longest model input of --model.
         overlap_tokens: Tokens that neighbouring windows share.
-        max_batch_tokens: Tokens in one forward pass. Default: 1024 on CPU, 16384 on GPU.
+        max_batch_tokens: Tokens in one forward pass. Default: tried at the start, then known.
         dtype: Of weights and computation; float32 is exact; int8
             is for the linear layers of the encoder, on a CPU.
         device: cpu, cuda, cuda:1, …. Default: cuda if there is one.

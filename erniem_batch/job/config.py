@@ -55,7 +55,7 @@ class JobConfig:
             overlapping windows.
         overlap_tokens: Tokens that neighbouring windows share (the doc_stride of Hugging Face's
             fast tokenizers, not SQuAD's, which is a step).
-        max_batch_tokens: Tokens in one forward pass. Default: 1024 on CPU, 16384 on GPU.
+        max_batch_tokens: Tokens in one forward pass. Default: tried at the start, then known.
         unit_bytes: Size of a unit of work in bytes of text: 30 to 120 seconds of one actor are
             good. Default: 1 MiB on CPU, 16 MiB on GPU. A Parquet row group is never divided, and
             a file once planned keeps its units.

@@ -40,7 +40,7 @@ from erniem_batch.job.rundir import (
     current_units,
     removed_files,
 )
-from erniem_batch.job.settings import versions
+from erniem_batch.job.settings import FOUND, versions
 from erniem_batch.job.stream import stream
 from erniem_batch.job.units import (
     find_files,
@@ -136,7 +136,8 @@ def _go_on(
         if lease.last_ended == STOPPED:
             attempts.forget(folder.output)
         info = open_run(folder, config, found, model, digest)
-        config = replace(config, max_batch_tokens=info.settings["max-batch-tokens"])
+        if (tokens := info.settings["max-batch-tokens"]) != FOUND:
+            config = replace(config, max_batch_tokens=tokens)
         plan = plan_run(folder, config, info, found)
         units = current_units(plan)
         removed = removed_files(found, units) if found is not None else []
@@ -146,7 +147,14 @@ def _go_on(
     work = Work([])
     if len(state.todo):
         # Raises now rather than in every actor.
-        Predictor.load(replace(config.predictor, model=str(model), device="cpu"))
+        Predictor.load(
+            replace(
+                config.predictor,
+                model=str(model),
+                device="cpu",
+                max_batch_tokens=config.window_tokens,  # nothing to find out here
+            )
+        ).close()
         assignment = Assignment(
             config=config,
             schema=info.arrow_schema,

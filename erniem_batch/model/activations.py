@@ -70,3 +70,10 @@ def get_activation(hidden_act: str | Activation) -> Activation:
     except (KeyError, TypeError):
         known = ", ".join(sorted(ACTIVATIONS))
         raise ConfigError(f"hidden_act must be one of {known}, got {hidden_act!r}") from None
+
+
+def activate_(activation: Activation, x: Tensor) -> Tensor:
+    """The activation of a tensor that may be overwritten."""
+    if activation is F.gelu:
+        return torch.ops.aten.gelu_(x)  # type: ignore[no-any-return]  # no other name in torch
+    return activation(x)

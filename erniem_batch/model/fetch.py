@@ -8,7 +8,6 @@ A model is the files at the top of one folder that decide its answers, see `is_m
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from erniem_batch import storage
-from erniem_batch.config import DEMO
+from erniem_batch.config import CACHE_VARIABLE, DEMO, cache_folder
 from erniem_batch.errors import ConfigError, StorageError
 from erniem_batch.model.overlay import base_folder, base_name
 from erniem_batch.options import demo_model
@@ -27,7 +26,6 @@ from erniem_batch.storage import FileInfo
 
 logger = logging.getLogger(__name__)
 
-CACHE_VARIABLE = "ERNIEM_BATCH_CACHE"
 STORAGE_SCHEMES = ("s3", "gs", "az", "file")
 HUB_SCHEME = "hf"
 # Where a training of several tasks puts what their heads share.
@@ -168,7 +166,7 @@ def _with_base(url: str) -> Path:
 def _downloaded(url: str) -> Path:
     """The folder in the cache with the files that are at the URL now; only the first call reads."""
     files = _model_files(url)
-    models = _cache() / "models"
+    models = cache_folder() / "models"
     folder = models / _key(url, files)
     if folder.is_dir():
         return folder
@@ -191,13 +189,6 @@ def _model_files(url: str) -> dict[str, FileInfo]:
     if not files:
         raise ConfigError(f"model={url!r}: there are no files of a model")
     return files
-
-
-def _cache() -> Path:
-    folder = os.environ.get(CACHE_VARIABLE)
-    if folder:
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "erniem_batch"
 
 
 def _key(url: str, files: dict[str, FileInfo]) -> str:

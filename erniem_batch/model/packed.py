@@ -1,10 +1,12 @@
 """The encoder without padding: the tokens of all texts of a batch behind one another.
 
-Linear layers, norms and activations do not care which text a token is from; only attention does,
-and it is computed text by text, those of one length together. For inference only: no dropout, no
-gradients, and what is no longer needed is overwritten.
+Linear layers, norms and activations do not care which text a token is from; only attention does.
+On a CPU it is computed text by text, those of one length together; on a GPU, where a call costs
+more than what it computes, in one call for all texts, padded for that alone. For inference only: no
+dropout, no gradients, and what is no longer needed is overwritten.
 
-Shapes: T tokens of N texts, D hidden width, H heads, K head width.
+Shapes: T tokens of N texts, L of the longest, D hidden width, H heads, K head width, S rows that
+ask: all tokens, or the first of each text.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,11 +16,16 @@ from itertools import groupby
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from erniem_batch.model.activations import activate_
 from erniem_batch.model.config import ErnieMConfig
 from erniem_batch.model.encoder import ErnieMEncoderLayer, ErnieMModel, hidden_tokens
-from erniem_batch.model.int8 import prepared
+from erniem_batch.model.int8 import Quantized, prepared
+
+# What attention adds to a hidden token, as a share of the largest number: finite, for a text of
+# which everything is hidden.
+HIDDEN = -0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +49,21 @@ class _Group:
 
 
 @dataclass(frozen=True, slots=True)
+class _Grid:
+    """All texts side by side, padded.
+
+    Attributes:
+        tokens_NL: which token is there; of padding, any.
+        places_T: where each token is, counted row by row.
+        bias_N11L: what attention adds, so that padding and hidden tokens go unseen; as HIDDEN.
+    """
+
+    tokens_NL: Tensor
+    places_T: Tensor
+    bias_N11L: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Packed:
     """A batch of texts. Those of one length should be neighbours: they share a call.
 
@@ -49,6 +71,7 @@ class Packed:
         ids_T, positions_T: of all tokens.
         firsts_N: where each text begins.
         lengths: of the texts.
+        grid: for attention in one call; None: group by group.
     """
 
     ids_T: Tensor
@@ -56,6 +79,7 @@ class Packed:
     firsts_N: Tensor
     lengths: list[int]
     groups: Sequence[_Group]
+    grid: _Grid | None
 
 
 def pack(
@@ -63,22 +87,28 @@ def pack(
     config: ErnieMConfig,
     device: torch.device,
     positions: Sequence[np.ndarray] | None = None,
+    *,
+    one_call: bool | None = None,
 ) -> Packed:
     """A batch from texts as token ids, int64, at least one token each.
 
     Args:
         positions: of their tokens; None: counted from 0.
+        one_call: of attention for all texts; None: on a GPU.
     """
     lengths = [len(ids) for ids in texts]
     ids_T = np.concatenate(texts)
     positions_T = np.concatenate(positions or [np.arange(length) for length in lengths])
     firsts_N = np.cumsum([0, *lengths[:-1]])
+    hidden_T = hidden_tokens(ids_T, config)
+    in_one = device.type == "cuda" if one_call is None else one_call
     return Packed(
         torch.from_numpy(ids_T).to(device),
         torch.from_numpy(positions_T).to(device),
         torch.from_numpy(firsts_N).to(device),
         lengths,
-        list(_groups(lengths, hidden_tokens(ids_T, config), device)),
+        [] if in_one else list(_groups(lengths, hidden_T, device)),
+        _grid(lengths, firsts_N, hidden_T, device) if in_one else None,
     )
 
 
@@ -95,12 +125,29 @@ def _groups(lengths: Sequence[int], hidden_T: np.ndarray, device: torch.device) 
         start += n_texts * length
 
 
-def encode_packed(model: ErnieMModel, batch: Packed, *, firsts_only: bool = False) -> Tensor:
+def _grid(
+    lengths: Sequence[int], firsts_N: np.ndarray, hidden_T: np.ndarray, device: torch.device
+) -> _Grid:
+    columns_L = np.arange(max(lengths))
+    is_real_NL = columns_L < np.array(lengths)[:, None]
+    tokens_NL = np.where(is_real_NL, firsts_N[:, None] + columns_L, 0)
+    bias_NL = np.where(is_real_NL, np.where(hidden_T[tokens_NL], HIDDEN, 0.0), -np.inf)
+    return _Grid(
+        torch.from_numpy(tokens_NL).to(device),
+        torch.from_numpy(np.flatnonzero(is_real_NL)).to(device),
+        torch.from_numpy(bias_NL[:, None, None, :]).to(device),
+    )
+
+
+def encode_packed(
+    model: ErnieMModel, batch: Packed, *, firsts_only: bool = False, n_layers: int | None = None
+) -> Tensor:
     """Last hidden states (T, D), as `ErnieMModel` computes them with the mask of its config.
 
     Args:
         firsts_only: only those of the first token of each text, (N, D): the last layer computes no
             others.
+        n_layers: after which it ends, to see how long they take; None: all.
 
     Raises:
         ValueError: a text is longer than the position table.
@@ -111,34 +158,68 @@ def encode_packed(model: ErnieMModel, batch: Packed, *, firsts_only: bool = Fals
         )
     words_TD = model.embeddings.word_embeddings(batch.ids_T)
     hidden_TD: Tensor = model.embeddings(words_TD, batch.positions_T)
-    *layers, last = model.encoder.layers
+    room = _Room()
+    *layers, last = model.encoder.layers[:n_layers]
     for layer in layers:
         assert isinstance(layer, ErnieMEncoderLayer)
-        hidden_TD = _layer(layer, hidden_TD, batch, None)
+        hidden_TD = _layer(layer, hidden_TD, batch, room, None)
     assert isinstance(last, ErnieMEncoderLayer)
-    return _layer(last, hidden_TD, batch, batch.firsts_N if firsts_only else None)
+    return _layer(last, hidden_TD, batch, room, batch.firsts_N if firsts_only else None)
+
+
+class _Room:
+    """What all layers of a pass write into, by name, made for the first of them."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def get(self, name: str, like: Tensor, width: int) -> Tensor:
+        """As many rows as another tensor has, to be overwritten."""
+        kept = self._kept.get(name)
+        if kept is None or kept.shape != (len(like), width):
+            kept = self._kept[name] = like.new_empty(len(like), width)
+        return kept
+
+    def project(self, name: str, layer: nn.Module, x_SD: Tensor | Quantized) -> Tensor:
+        """What a linear layer makes of the rows, under a name."""
+        if isinstance(layer, nn.Linear) and isinstance(x_SD, Tensor):
+            out = self.get(name, x_SD, layer.out_features)
+            return torch.addmm(layer.bias, x_SD, layer.weight.t(), out=out)
+        projected_SD: Tensor = layer(x_SD)
+        return projected_SD
 
 
 def _layer(
-    layer: ErnieMEncoderLayer, hidden_TD: Tensor, batch: Packed, wanted_N: Tensor | None
+    layer: ErnieMEncoderLayer,
+    hidden_TD: Tensor,
+    batch: Packed,
+    room: _Room,
+    wanted_N: Tensor | None,
 ) -> Tensor:
     attention = layer.self_attn.self_attn
     asking_SD = hidden_TD if wanted_N is None else hidden_TD[wanted_N]
     given_TD = prepared(attention.k_proj, hidden_TD)
+    given_SD = given_TD if wanted_N is None else given_TD[wanted_N]
     shape = (-1, len(attention.kept_heads), attention.head_width)
-    q_SHK = attention.q_proj(given_TD if wanted_N is None else given_TD[wanted_N]).view(shape)
-    k_THK, v_THK = (p(given_TD).view(shape) for p in (attention.k_proj, attention.v_proj))
-    mixed_SD = _attend(q_SHK, k_THK, v_THK, batch.groups, wanted_N is not None)
-    hidden_SD = layer.norm1(layer.self_attn.out_proj(mixed_SD).add_(asking_SD))
-    inner = layer.activation(layer.linear1(hidden_SD))
-    normed: Tensor = layer.norm2(layer.linear2(inner).add_(hidden_SD))
+    q_SHK = room.project("q", attention.q_proj, given_SD).view(shape)
+    k_THK = room.project("k", attention.k_proj, given_TD).view(shape)
+    v_THK = room.project("v", attention.v_proj, given_TD).view(shape)
+    mixed_SHK = room.get("mixed", asking_SD, shape[1] * shape[2]).view(shape)
+    if batch.grid is None:
+        _attend(q_SHK, k_THK, v_THK, batch.groups, mixed_SHK)
+    else:
+        _attend_in_one_call(q_SHK, k_THK, v_THK, batch.grid, mixed_SHK)
+    attended_SD = room.project("attended", layer.self_attn.out_proj, mixed_SHK.flatten(1))
+    hidden_SD = layer.norm1(attended_SD.add_(asking_SD))
+    inner = activate_(layer.activation, room.project("inner", layer.linear1, hidden_SD))
+    normed: Tensor = layer.norm2(room.project("outer", layer.linear2, inner).add_(hidden_SD))
     return normed
 
 
 def _attend(
-    q_SHK: Tensor, k_THK: Tensor, v_THK: Tensor, groups: Sequence[_Group], firsts_only: bool
-) -> Tensor:
-    parts = []
+    q_SHK: Tensor, k_THK: Tensor, v_THK: Tensor, groups: Sequence[_Group], mixed_SHK: Tensor
+) -> None:
+    firsts_only = len(q_SHK) < len(k_THK)
     first = 0
     for group in groups:
         end = first + (group.n_texts if firsts_only else group.n_texts * group.length)
@@ -148,13 +229,26 @@ def _attend(
             for x_THK in (k_THK, v_THK)
         )
         bias_N11L = None
-        if group.hidden_N11L is not None:  # finite, for a text of which everything is hidden
-            lowest = torch.finfo(q_SHK.dtype).min / 2
+        if group.hidden_N11L is not None:
+            lowest = HIDDEN * torch.finfo(q_SHK.dtype).max
             bias_N11L = group.hidden_N11L.to(q_SHK.dtype) * lowest
         mixed_NHQK = F.scaled_dot_product_attention(q_NHQK, k_NHLK, v_NHLK, attn_mask=bias_N11L)
-        parts.append(mixed_NHQK.transpose(1, 2).reshape(end - first, -1))
+        _by_text(mixed_SHK[first:end], group.n_texts).copy_(mixed_NHQK)
         first = end
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _attend_in_one_call(
+    q_SHK: Tensor, k_THK: Tensor, v_THK: Tensor, grid: _Grid, mixed_SHK: Tensor
+) -> None:
+    firsts_only = len(q_SHK) < len(k_THK)
+    q_NQHK = q_SHK[:, None] if firsts_only else q_SHK[grid.tokens_NL]
+    q_NHQK, k_NHLK, v_NHLK = (
+        x_NLHK.transpose(1, 2) for x_NLHK in (q_NQHK, k_THK[grid.tokens_NL], v_THK[grid.tokens_NL])
+    )
+    bias_N11L = (grid.bias_N11L * torch.finfo(q_SHK.dtype).max).to(q_SHK.dtype)
+    mixed_NHQK = F.scaled_dot_product_attention(q_NHQK, k_NHLK, v_NHLK, attn_mask=bias_N11L)
+    mixed_GHK = mixed_NHQK.transpose(1, 2).flatten(0, 1)
+    mixed_SHK.copy_(mixed_GHK if firsts_only else mixed_GHK[grid.places_T])
 
 
 def _by_text(x_SHK: Tensor, n_texts: int) -> Tensor:

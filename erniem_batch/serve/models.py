@@ -8,16 +8,14 @@ from torch import Tensor, nn
 
 from erniem_batch.config import DEMO
 from erniem_batch.errors import ConfigError
-from erniem_batch.lanes import Lanes
+from erniem_batch.lanes import lanes_of
 from erniem_batch.model.config import ErnieMConfig
 from erniem_batch.model.fetch import ENCODER, head_url, local_folder
+from erniem_batch.model.int8 import Int8Linear
 from erniem_batch.options import TASKS
 from erniem_batch.predictor import Predictor
 from erniem_batch.serve.config import ModelConfig
 from erniem_batch.tasks.make import TASK_OF_HEAD
-
-# Of a CPU; each reads all weights from memory, so many of them would wait for it.
-MAX_LANES = 4
 
 
 def model_folders(config: ModelConfig) -> dict[str, Path]:
@@ -63,28 +61,33 @@ def load_predictors(config: ModelConfig, folders: Mapping[str, Path]) -> dict[st
         ConfigError, CheckpointError: see `Predictor.load`.
     """
     predictors: dict[str, Predictor] = {}
-    lanes = Lanes(config.n_threads, 1 if config.num_gpus else MAX_LANES)
-    kept: dict[str, list[Tensor]] = {}
+    lanes = lanes_of(config.n_threads, "cuda" if config.num_gpus else "cpu")
+    shared = Shared()
     for task, folder in folders.items():
         predictors[task] = Predictor.load(replace(config.predictor(task), model=str(folder)), lanes)
-        share_weights(predictors[task].model, kept)
+        shared.add(predictors[task].model)
     return predictors
 
 
-def share_weights(model: nn.Module, kept: dict[str, list[Tensor]]) -> None:
-    """Weights, and buffers of int8 ones, that are equal to some of a model before, in value and in
-    name, become the same memory.
+class Shared:
+    """Weights of models: those that are equal, in value and in name, become the same memory."""
 
-    Args:
-        kept: of the models so far, by name; those of this one are added.
-    """
-    for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
-        twins = kept.setdefault(name, [])
-        twin = next((t for t in twins if _is_equal(t, parameter.data)), None)
-        if twin is None:
-            twins.append(parameter.data)
-        else:
-            parameter.data = twin
+    def __init__(self) -> None:
+        self._tensors: dict[str, list[Tensor]] = {}
+        self._packed: dict[tuple[str, bytes], Tensor] = {}
+
+    def add(self, model: nn.Module) -> None:
+        """A model takes what others have already, and gives the rest."""
+        for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+            twins = self._tensors.setdefault(name, [])
+            twin = next((t for t in twins if _is_equal(t, parameter.data)), None)
+            if twin is None:
+                twins.append(parameter.data)
+            else:
+                parameter.data = twin
+        for name, module in model.named_modules():
+            if isinstance(module, Int8Linear):
+                module.packed = self._packed.setdefault((name, module.digest), module.packed)
 
 
 def _is_equal(one: Tensor, other: Tensor) -> bool:

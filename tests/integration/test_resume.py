@@ -66,7 +66,7 @@ def test_night_after_night(tmp_path, ner_model_dir, local_ray, monkeypatch):
         assert (second.exit_code, second.n_units_now, second.n_ok) == (0, 0, 60)
         for changes, name in (
             ({"min_score": 0.4}, "--min-score was 0.0, now 0.4"),
-            ({"max_batch_tokens": 99}, "--max-batch-tokens was 1024, now 99"),
+            ({"max_batch_tokens": 99}, "--max-batch-tokens was found, now 99"),
             ({"columns": "id"}, r"--columns was None, now \['id'\]"),
         ):
             with pytest.raises(ConfigError, match=name):

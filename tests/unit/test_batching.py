@@ -21,6 +21,24 @@ def test_longest_comes_first(lengths, budget):
     assert longest == sorted(longest, reverse=True)
 
 
+@given(LENGTHS, st.integers(1, 2000), st.integers(1, 4))
+def test_lanes_share_what_they_have_room_for(lengths, budget, n_lanes):
+    batches = plan_batches(lengths, budget, n_lanes)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    sizes = [sum(lengths[i] for i in batch) for batch in batches]
+    assert all(
+        size <= budget or len(batch) == 1 for size, batch in zip(sizes, batches, strict=True)
+    )
+    if n_lanes > 1 and len(batches) == n_lanes and batches != plan_batches(lengths, budget):
+        assert max(sizes) - min(sizes) <= max(lengths), "as even as can be"
+
+
+def test_a_little_is_not_dealt_out():
+    assert plan_batches([60, 60], 1024, n_lanes=2) == [[0, 1]]
+    assert plan_batches([128, 128], 1024, n_lanes=2) == [[0], [1]]
+    assert plan_batches([200, 100, 90, 60], 1024, n_lanes=2) == [[0, 2], [1, 3]]
+
+
 def test_nothing_makes_no_batch():
     assert plan_batches([], 100) == []
 

@@ -17,7 +17,7 @@ from erniem_batch.model.packed import encode_packed, pack
 from erniem_batch.options import OPTIONS
 from erniem_batch.predictor import Predictor
 from erniem_batch.records import Record
-from erniem_batch.serve.models import share_weights
+from erniem_batch.serve.models import Shared
 
 CPU = torch.device("cpu")
 SAMPLES = [
@@ -50,6 +50,14 @@ def test_rows_are_for_themselves():
         assert torch.equal(layer(row[None])[0], together[i])
     assert torch.equal(layer(x.view(3, 3, 64)).view(9, 32), together), "any leading dimensions"
     assert torch.equal(layer(quantize(x)), together)
+
+
+def test_without_onednn(monkeypatch):
+    torch.manual_seed(2)
+    linear, x = torch.nn.Linear(64, 32), torch.randn(9, 64)
+    fast = Int8Linear(linear)(x)
+    monkeypatch.setattr("erniem_batch.model.int8._has_onednn", lambda: False)
+    torch.testing.assert_close(Int8Linear(linear)(x), fast, atol=1e-5, rtol=0)
 
 
 def test_a_row_of_zeros():
@@ -97,7 +105,7 @@ def test_the_demo_model_finds_the_same():
 
 def test_tasks_of_a_service_share_int8_weights(random_model, tiny_config):
     config = replace(tiny_config).with_labels(["a", "b"])
-    kept: dict = {}
+    shared = Shared()
     models = [
         random_model(HEADS[name], config)
         for name in ("ErnieMForTokenClassification", "ErnieMForEmbedding")
@@ -105,9 +113,11 @@ def test_tasks_of_a_service_share_int8_weights(random_model, tiny_config):
     models[1].ernie_m.load_state_dict(models[0].ernie_m.state_dict())
     for model in models:
         quantize_linears(model.ernie_m.encoder)
-        share_weights(model, kept)
-    weights = [m.ernie_m.encoder.layers[0].linear1.weight.data_ptr() for m in models]
-    assert weights[0] == weights[1]
+        shared.add(model)
+    first, second = (m.ernie_m.encoder.layers[0] for m in models)
+    assert first.linear1.packed is second.linear1.packed
+    assert first.linear1.scales_C.data_ptr() == second.linear1.scales_C.data_ptr()
+    assert first.linear1.packed is not first.linear2.packed
 
 
 def test_not_on_a_gpu(monkeypatch):

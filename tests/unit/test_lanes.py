@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from erniem_batch.lanes import Lanes
+from erniem_batch.lanes import Lanes, lanes_of
 
 
 @pytest.fixture
@@ -36,3 +36,10 @@ def test_lanes_run_side_by_side():
 
 def test_one_lane_where_torch_decides():
     assert Lanes(None, 4).n_lanes == 1
+
+
+def test_as_many_lanes_as_are_worth_it():
+    assert lanes_of(2, "cpu").n_lanes == 2
+    assert lanes_of(16, "cpu").n_lanes == 4
+    assert lanes_of(None, "cpu").n_lanes == min(4, torch.get_num_threads())
+    assert lanes_of(8, "cuda").n_lanes == 1

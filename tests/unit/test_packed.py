@@ -43,11 +43,12 @@ def alone(model, ids):
 
 @torch.no_grad()
 def assert_same(model, texts, atol=1e-5):
-    rows = model.rows(pack(texts, model.config, CPU))
     expected = torch.cat([alone(model, ids) for ids in texts])
-    assert rows.shape == expected.shape
-    assert rows.dtype == expected.dtype
-    torch.testing.assert_close(rows, expected, atol=atol, rtol=0)
+    for one_call in (False, True):  # as on a CPU, as on a GPU
+        rows = model.rows(pack(texts, model.config, CPU, one_call=one_call))
+        assert rows.shape == expected.shape
+        assert rows.dtype == expected.dtype
+        torch.testing.assert_close(rows, expected, atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("mask_mode", MODES)
@@ -111,10 +112,11 @@ def test_other_numbers(random_model, tiny_config, dtype):
 def test_only_the_first_token(random_model):
     model = random_model(ErnieMModel)
     texts = texts_of([5, 9, 9])
-    batch = pack(texts, model.config, CPU)
-    every = encode_packed(model, batch)
-    firsts = encode_packed(model, batch, firsts_only=True)
-    torch.testing.assert_close(firsts, every[batch.firsts_N], atol=1e-5, rtol=0)
+    for one_call in (False, True):
+        batch = pack(texts, model.config, CPU, one_call=one_call)
+        every = encode_packed(model, batch)
+        firsts = encode_packed(model, batch, firsts_only=True)
+        torch.testing.assert_close(firsts, every[batch.firsts_N], atol=1e-5, rtol=0)
 
 
 @torch.no_grad()

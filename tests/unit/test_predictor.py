@@ -325,6 +325,20 @@ CPU_OUT_OF_MEMORY = RuntimeError(
 )
 
 
+@pytest.mark.parametrize("most", [40, 100, 10_000])
+def test_lanes_side_by_side(tokenizer, labelled, most):
+    """Two passes at a time say what one says, also when memory runs out."""
+    options = {"window_tokens": 32, "overlap_tokens": 8, "max_batch_tokens": 256}
+    texts = [f"{FIRST} " * (1 + 7 * i % 60) for i in range(60)]
+    calm = make_predictor(LookupModel(labelled), tokenizer, **options)
+    hungry = make_predictor(Hungry(labelled, most), tokenizer, n_threads=2, **options)
+    assert (calm.n_lanes, hungry.n_lanes) == (1, 2)
+    assert hungry.predict(_records(texts)) == calm.predict(_records(texts))
+    assert (hungry.counters.oom_halvings > 0) == (most < 256)
+    assert hungry.counters.real_tokens == calm.counters.real_tokens
+    hungry.close()
+
+
 @pytest.mark.parametrize("error", [None, CPU_OUT_OF_MEMORY])
 @pytest.mark.parametrize("at_first", [0, 1, 3])
 @pytest.mark.parametrize("most", [32, 40, 100, 200])
