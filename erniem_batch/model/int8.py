@@ -30,22 +30,22 @@ class Quantized:
     """Rows of whole numbers, and what one is worth in each row.
 
     Attributes:
-        values_TD: uint8, ZERO more than they mean.
+        values_SD: uint8, ZERO more than they mean.
     """
 
-    values_TD: Tensor
-    scales_T1: Tensor
+    values_SD: Tensor
+    scales_S1: Tensor
 
     def __getitem__(self, rows: Tensor) -> "Quantized":
-        return Quantized(self.values_TD[rows], self.scales_T1[rows])
+        return Quantized(self.values_SD[rows], self.scales_S1[rows])
 
 
-def quantize(x_TD: Tensor) -> Quantized:
+def quantize(x_SD: Tensor) -> Quantized:
     """Each row by itself, symmetric: its largest magnitude becomes 127."""
-    scales_T1 = _scales(x_TD)
+    scales_S1 = _scales(x_SD)
     # Half more, since the conversion cuts off what follows the point.
-    shifted_TD = torch.addcmul(x_TD.new_tensor(ZERO + 0.5), x_TD, scales_T1.reciprocal())
-    return Quantized(shifted_TD.to(torch.uint8), scales_T1)
+    shifted_SD = torch.mul(x_SD, scales_S1.reciprocal()).add_(ZERO + 0.5)
+    return Quantized(shifted_SD.to(torch.uint8), scales_S1)
 
 
 class Int8Linear(nn.Module):
@@ -79,26 +79,21 @@ class Int8Linear(nn.Module):
     def forward(self, given: Tensor | Quantized) -> Tensor:
         """(tokens, out) from (tokens, in); from a Quantized where several layers share an input."""
         if isinstance(given, Tensor) and given.ndim > 2:
-            flat_TC: Tensor = self(given.flatten(0, -2))
-            return flat_TC.view(*given.shape[:-1], self.out_features)
+            flat_SC: Tensor = self(given.flatten(0, -2))
+            return flat_SC.view(*given.shape[:-1], self.out_features)
         x = given if isinstance(given, Quantized) else quantize(given)
-        sums_TC = self._multiply(x.values_TD)
-        torch.addcmul(self.bias, sums_TC, x.scales_T1, out=sums_TC)
-        return sums_TC
+        sums_SC = self._multiply(x.values_SD)
+        torch.addcmul(self.bias, sums_SC, x.scales_S1, out=sums_SC)
+        return sums_SC
 
-    def _multiply(self, values_TD: Tensor) -> Tensor:
+    def _multiply(self, values_SD: Tensor) -> Tensor:
         """In float32, and worth what the weights are worth."""
         if self._zeros_C is None:
             # What wraps round in uint8 is right in int8.
-            meant_TD = values_TD.sub(ZERO).view(torch.int8)
-            sums_TC: Tensor = torch._int_mm(meant_TD, self.packed.t()) * self.scales_C
-            return sums_TC
-        return _onednn(values_TD, self.packed, self.scales_C, self._zeros_C)
-
-
-def prepared(layer: nn.Module, x_TD: Tensor) -> Tensor | Quantized:
-    """An input for several layers like this one, quantized once."""
-    return quantize(x_TD) if isinstance(layer, Int8Linear) else x_TD
+            meant_SD = values_SD.sub(ZERO).view(torch.int8)
+            sums_SC: Tensor = torch._int_mm(meant_SD, self.packed.t()) * self.scales_C
+            return sums_SC
+        return _onednn(values_SD, self.packed, self.scales_C, self._zeros_C)
 
 
 def quantize_linears(encoder: nn.Module) -> None:
@@ -123,14 +118,13 @@ def quantize_linears(encoder: nn.Module) -> None:
 
 def _scales(rows: Tensor) -> Tensor:
     """What the largest magnitude of each row divided by 127 is; never zero."""
-    largest = torch.linalg.vector_norm(rows, torch.inf, dim=1, keepdim=True)
-    scales: Tensor = largest.clamp_(min=SMALLEST).div_(HIGHEST)
-    return scales
+    highest, lowest = rows.amax(1, keepdim=True), rows.amin(1, keepdim=True)
+    return torch.maximum(highest, lowest.neg_()).clamp_(min=SMALLEST).div_(HIGHEST)
 
 
-def _onednn(values_TD: Tensor, packed: Tensor, scales_C: Tensor, zeros_C: Tensor) -> Tensor:
+def _onednn(values_SD: Tensor, packed: Tensor, scales_C: Tensor, zeros_C: Tensor) -> Tensor:
     product: Tensor = torch.ops.onednn.qlinear_pointwise.default(
-        values_TD, 1.0, ZERO, packed, scales_C, zeros_C, None, 1.0, 0, torch.float32, "none", [], ""
+        values_SD, 1.0, ZERO, packed, scales_C, zeros_C, None, 1.0, 0, torch.float32, "none", [], ""
     )
     return product
 

@@ -16,12 +16,11 @@ from itertools import groupby
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from erniem_batch.model.activations import activate_
 from erniem_batch.model.config import ErnieMConfig
 from erniem_batch.model.encoder import ErnieMEncoderLayer, ErnieMModel, hidden_tokens
-from erniem_batch.model.int8 import Quantized, prepared
+from erniem_batch.model.steps import Given, Steps, steps_for
 
 # What attention adds to a hidden token, as a share of the largest number: finite, for a text of
 # which everything is hidden.
@@ -158,62 +157,46 @@ def encode_packed(
         )
     words_TD = model.embeddings.word_embeddings(batch.ids_T)
     hidden_TD: Tensor = model.embeddings(words_TD, batch.positions_T)
-    room = _Room()
-    *layers, last = model.encoder.layers[:n_layers]
-    for layer in layers:
+    layers = list(model.encoder.layers)[:n_layers]
+    assert isinstance(layers[0], ErnieMEncoderLayer)
+    steps = steps_for(layers[0].linear1)
+    given_TD = steps.given(hidden_TD)
+    for number, layer in enumerate(layers, start=1):
         assert isinstance(layer, ErnieMEncoderLayer)
-        hidden_TD = _layer(layer, hidden_TD, batch, room, None)
-    assert isinstance(last, ErnieMEncoderLayer)
-    return _layer(last, hidden_TD, batch, room, batch.firsts_N if firsts_only else None)
-
-
-class _Room:
-    """What all layers of a pass write into, by name, made for the first of them."""
-
-    def __init__(self) -> None:
-        self._kept: dict[str, Tensor] = {}
-
-    def get(self, name: str, like: Tensor, width: int) -> Tensor:
-        """As many rows as another tensor has, to be overwritten."""
-        kept = self._kept.get(name)
-        if kept is None or kept.shape != (len(like), width):
-            kept = self._kept[name] = like.new_empty(len(like), width)
-        return kept
-
-    def project(self, name: str, layer: nn.Module, x_SD: Tensor | Quantized) -> Tensor:
-        """What a linear layer makes of the rows, under a name."""
-        if isinstance(layer, nn.Linear) and isinstance(x_SD, Tensor):
-            out = self.get(name, x_SD, layer.out_features)
-            return torch.addmm(layer.bias, x_SD, layer.weight.t(), out=out)
-        projected_SD: Tensor = layer(x_SD)
-        return projected_SD
+        is_last = number == len(layers)
+        wanted_N = batch.firsts_N if firsts_only and is_last else None
+        hidden_TD, given_TD = _layer(layer, hidden_TD, given_TD, batch, steps, wanted_N)
+    return hidden_TD
 
 
 def _layer(
     layer: ErnieMEncoderLayer,
     hidden_TD: Tensor,
+    given_TD: Given,
     batch: Packed,
-    room: _Room,
+    steps: Steps,
     wanted_N: Tensor | None,
-) -> Tensor:
+) -> tuple[Tensor, Given]:
+    """Hidden states of all tokens, or of those wanted, and the same as linear layers take them."""
     attention = layer.self_attn.self_attn
-    asking_SD = hidden_TD if wanted_N is None else hidden_TD[wanted_N]
-    given_TD = prepared(attention.k_proj, hidden_TD)
-    given_SD = given_TD if wanted_N is None else given_TD[wanted_N]
+    asking_SD, given_SD = hidden_TD, given_TD
+    if wanted_N is not None:
+        asking_SD, given_SD = hidden_TD[wanted_N], given_TD[wanted_N]
     shape = (-1, len(attention.kept_heads), attention.head_width)
-    q_SHK = room.project("q", attention.q_proj, given_SD).view(shape)
-    k_THK = room.project("k", attention.k_proj, given_TD).view(shape)
-    v_THK = room.project("v", attention.v_proj, given_TD).view(shape)
-    mixed_SHK = room.get("mixed", asking_SD, shape[1] * shape[2]).view(shape)
+    q_SHK = steps.project("q", attention.q_proj, given_SD).view(shape)
+    k_THK = steps.project("k", attention.k_proj, given_TD).view(shape)
+    v_THK = steps.project("v", attention.v_proj, given_TD).view(shape)
+    mixed_SHK = steps.room("mixed", len(asking_SD), q_SHK[0].numel(), q_SHK).view(shape)
     if batch.grid is None:
         _attend(q_SHK, k_THK, v_THK, batch.groups, mixed_SHK)
     else:
         _attend_in_one_call(q_SHK, k_THK, v_THK, batch.grid, mixed_SHK)
-    attended_SD = room.project("attended", layer.self_attn.out_proj, mixed_SHK.flatten(1))
-    hidden_SD = layer.norm1(attended_SD.add_(asking_SD))
-    inner = activate_(layer.activation, room.project("inner", layer.linear1, hidden_SD))
-    normed: Tensor = layer.norm2(room.project("outer", layer.linear2, inner).add_(hidden_SD))
-    return normed
+    mixed_SD = steps.given(mixed_SHK.flatten(1))
+    hidden_SD, given_SD = steps.add_and_norm(
+        layer.self_attn.out_proj, mixed_SD, asking_SD, layer.norm1
+    )
+    inner = steps.activate(layer.linear1, given_SD, layer.activation)
+    return steps.add_and_norm(layer.linear2, inner, hidden_SD, layer.norm2)
 
 
 def _attend(

@@ -562,7 +562,7 @@ def layers(quick: bool) -> int:
 
 def make_inputs(folder: Path, vocab: Path, quick: bool) -> None:
     console.print("making models and texts …")
-    command = [sys.executable, str(PARTS / "inputs.py"), str(folder), "--vocab", str(vocab),
+    command = [sys.executable, str(HERE / "inputs.py"), str(folder), "--vocab", str(vocab),
                "--layers", str(layers(quick))]  # fmt: skip
     subprocess.run(command, check=True)
 

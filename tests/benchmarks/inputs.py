@@ -1,13 +1,16 @@
-"""Models and texts for the benchmark of the service, all from one seed.
+"""Models and texts for the benchmarks, all from one seed.
 
-    python tests/benchmarks/serve/inputs.py FOLDER --vocab VOCAB_FOLDER [--layers 12]
+    python tests/benchmarks/inputs.py FOLDER --vocab VOCAB_FOLDER [--layers 12] [--rows 250002]
 
 In FOLDER:
   model/encoder, ner, classify  ErnieM as `erniem-batch serve` and transformers load it: one encoder
                                 with random weights, and two heads on it.
-  xlmr                          The encoder and the classification head once more, renamed to
-                                XLM-RoBERTa, for servers that do not know ErnieM.
-  short.json, mixed.json        Texts, a list of each kind.
+  xlmr/classify, ner, embed     The same once more, renamed to XLM-RoBERTa, for those who do not
+                                know ErnieM.
+  short.json, mixed.json        Texts for the service, a list of each kind.
+  race-short.json, race-mixed.json
+                                Pieces for the race of forward passes, none longer than a window:
+                                text and ids of each. Of RACE below.
 """
 
 import argparse
@@ -18,11 +21,13 @@ import unicodedata
 from collections.abc import Iterator
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
     XLMRobertaConfig,
     XLMRobertaForSequenceClassification,
+    XLMRobertaForTokenClassification,
     XLMRobertaTokenizerFast,
 )
 
@@ -47,6 +52,11 @@ KINDS = {
     "short": {SHORT: BLOCK},
     "mixed": {SHORT: 40, MEDIUM: 9, LONG: 1},
 }
+WINDOW = 512
+# Lengths in tokens, special ones included, as drawn from: short texts are sentences; of mixed ones
+# 60 % are short, 30 % paragraphs, 10 % long, and for every hundred there are 5,000 tokens of a
+# document, in windows.
+RACE = {"short": 64, "mixed": 30}
 # XLM-RoBERTa's names for the parts of ErnieM.
 RENAMED = (
     ("embeddings.layer_norm", "embeddings.LayerNorm"),
@@ -70,12 +80,16 @@ def main() -> None:
     parser.add_argument("--vocab", type=Path, default=DEMO_FOLDER / "encoder")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--texts", type=int, default=250, help="of each kind")
+    parser.add_argument("--rows", type=int, default=0, help="of the table of words, at least")
     args = parser.parse_args()
     tokenizer = ErnieMTokenizer.from_pretrained(args.vocab)
     for number, (kind, lengths) in enumerate(KINDS.items()):
         texts = make_texts(tokenizer, lengths, args.texts, seed=number)
         (args.folder / f"{kind}.json").write_text(json.dumps(texts))
-    make_models(args.folder, tokenizer, args.layers)
+    for number, (kind, count) in enumerate(RACE.items(), start=len(KINDS)):
+        pieces = make_pieces(tokenizer, kind, count, seed=number)
+        (args.folder / f"race-{kind}.json").write_text(json.dumps(pieces))
+    make_models(args.folder, tokenizer, args.layers, args.rows)
 
 
 # ---- texts --------------------------------------------------------------------------------------
@@ -95,6 +109,27 @@ def make_texts(
             text = text_of(tokenizer, source, rng.randint(low, high))
             texts.setdefault(text)  # equal ones would be computed once
     return list(texts)[:count]
+
+
+def make_pieces(
+    tokenizer: ErnieMTokenizer, kind: str, count: int, seed: int
+) -> list[dict[str, Any]]:
+    """Texts of the lengths of a kind, none longer than a window, each with its ids."""
+    rng = random.Random(seed)
+    source = sentences(rng)
+    if kind == "short":
+        lengths = [min(160, max(6, round(rng.lognormvariate(3.6, 0.6)))) for _ in range(count)]
+    else:
+        spans = [(8, 63)] * 6 + [(64, 255)] * 3 + [(256, WINDOW)]
+        lengths = [rng.randint(*spans[i % len(spans)]) for i in range(count)]
+        lengths += [WINDOW] * round(count / 100 * 5000 / WINDOW)
+    pieces = []
+    for length in lengths:
+        text = text_of(tokenizer, source, length - 2)
+        ids = tokenizer(text).input_ids
+        pieces.append({"text": text, "ids": ids[: WINDOW - 1] + ids[-1:]})
+    rng.shuffle(pieces)
+    return pieces
 
 
 def sentences(rng: random.Random) -> Iterator[str]:
@@ -118,21 +153,22 @@ def text_of(tokenizer: ErnieMTokenizer, source: Iterator[str], length: int) -> s
 # ---- models -------------------------------------------------------------------------------------
 
 
-def make_models(folder: Path, tokenizer: ErnieMTokenizer, n_layers: int) -> None:
-    config = ErnieMConfig(vocab_size=len(tokenizer), num_hidden_layers=n_layers)
+def make_models(folder: Path, tokenizer: ErnieMTokenizer, n_layers: int, n_rows: int) -> None:
+    config = ErnieMConfig(vocab_size=max(len(tokenizer), n_rows), num_hidden_layers=n_layers)
     torch.manual_seed(0)
     encoder = ErnieMModel(config).eval()
     save(encoder, tokenizer, folder / "model" / "encoder")
-    for name, head, labels in (
-        ("ner", ErnieMForTokenClassification, ENTITIES),
-        ("classify", ErnieMForSequenceClassification, LABELS),
+    for name, head, theirs, labels in (
+        ("ner", ErnieMForTokenClassification, XLMRobertaForTokenClassification, ENTITIES),
+        ("classify", ErnieMForSequenceClassification, XLMRobertaForSequenceClassification, LABELS),
     ):
         model = head(config.with_labels(labels)).eval()
         model.ernie_m.load_state_dict(encoder.state_dict(), strict=False)
         if name == "ner":
             torch.nn.init.constant_(model.classifier.bias[:1], BIAS_OF_NONE)
         save(model, tokenizer, folder / "model" / name)
-    save_as_xlmr(model, folder / "model" / "encoder", folder / "xlmr")
+        save_as_xlmr(model, theirs, labels, folder / "model" / "encoder", folder / "xlmr" / name)
+    link_as_encoder(folder / "xlmr" / "classify", folder / "xlmr" / "embed")
 
 
 def save(model: torch.nn.Module, tokenizer: ErnieMTokenizer, folder: Path) -> None:
@@ -140,14 +176,12 @@ def save(model: torch.nn.Module, tokenizer: ErnieMTokenizer, folder: Path) -> No
     tokenizer.save_pretrained(folder)
 
 
-def save_as_xlmr(model: ErnieMForSequenceClassification, vocab: Path, folder: Path) -> None:
-    """The same network under the names of XLM-RoBERTa; its pooler is the first half of the head.
-
-    `classify` is the folder for classification, `embed` the one for embeddings; the weights are in
-    one file.
-    """
+def save_as_xlmr(
+    model: Any, head: Any, labels: list[str], vocab: Path, folder: Path
+) -> None:
+    """The same network under the names of XLM-RoBERTa; its pooler is the first half of the head."""
     tokenizer = XLMRobertaTokenizerFast(
-        vocab_file=str(vocab / "sentencepiece.bpe.model"), model_max_length=512
+        vocab_file=str(vocab / "sentencepiece.bpe.model"), model_max_length=WINDOW
     )
     ours = model.config
     config = XLMRobertaConfig(
@@ -156,27 +190,26 @@ def save_as_xlmr(model: ErnieMForSequenceClassification, vocab: Path, folder: Pa
         max_position_embeddings=ours.max_position_embeddings,
         type_vocab_size=1,
         layer_norm_eps=ours.layer_norm_eps,
-        id2label=dict(enumerate(LABELS)),
-        label2id={label: i for i, label in enumerate(LABELS)},
+        id2label=dict(enumerate(labels)),
+        label2id={label: i for i, label in enumerate(labels)},
     )
-    theirs = XLMRobertaForSequenceClassification(config).eval()
-    tensors = {xlmr_name(name): tensor for name, tensor in model.state_dict().items()}
+    theirs = head(config).eval()
+    is_pooled = head is XLMRobertaForSequenceClassification
+    tensors = {
+        xlmr_name(name, is_pooled): tensor for name, tensor in model.state_dict().items()
+    }
     words = "roberta.embeddings.word_embeddings.weight"
     padding = theirs.state_dict()[words][len(tensors[words]) :]
     tensors[words] = torch.cat([tensors[words], padding])
     tensors["roberta.embeddings.token_type_embeddings.weight"] = torch.zeros(1, ours.hidden_size)
     theirs.load_state_dict(tensors)
-    theirs.save_pretrained(folder / "classify")
-    tokenizer.save_pretrained(folder / "classify")
-    link_as_encoder(folder / "classify", folder / "embed")
+    theirs.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
-def xlmr_name(name: str) -> str:
-    head = {
-        "ernie_m.pooler.": "classifier.",
-        "classifier.": "classifier.out_proj.",
-    }
-    for ours, theirs in head.items():
+def xlmr_name(name: str, is_pooled: bool) -> str:
+    head = {"ernie_m.pooler.": "classifier.", "classifier.": "classifier.out_proj."}
+    for ours, theirs in head.items() if is_pooled else ():
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)
     for ours, theirs in RENAMED:
