@@ -111,9 +111,11 @@ def read_answer(name: str, process: subprocess.Popen[str]) -> dict[str, Any]:
 def start(name: str, python: Path, folder: Path, threads: int, stack: ExitStack) -> Contender:
     """A contender that is ready."""
     log = stack.enter_context((folder / f"{name}.log").open("w"))
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)} if python.samefile(
-        sys.executable
-    ) else os.environ
+    environment = (
+        os.environ | {"PYTHONPATH": str(REPOSITORY)}
+        if python.samefile(sys.executable)
+        else os.environ
+    )
     process = subprocess.Popen(
         [str(python), str(ENGINE), name, str(folder), str(threads)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
@@ -132,9 +134,7 @@ def race(
     """A result for each contender and kind."""
     with ExitStack() as stack:
         # The oracle's rows first: others are compared with them.
-        all_ = [
-            start(name, pythons_of[CONTENDERS[name]], folder, threads, stack) for name in names
-        ]
+        all_ = [start(name, pythons_of[CONTENDERS[name]], folder, threads, stack) for name in names]
         for kind in kinds:
             for one in all_:
                 one.calibrate(kind)
@@ -148,9 +148,7 @@ def race(
                 )
                 console.print(f"{kind} round {number + 1}: {speeds}", highlight=False)
         saved = {one.name: save(one, folder, kinds) for one in all_}
-        return [
-            result(one, all_, kind, folder, saved, threads) for kind in kinds for one in all_
-        ]
+        return [result(one, all_, kind, folder, saved, threads) for kind in kinds for one in all_]
 
 
 def save(one: Contender, folder: Path, kinds: Sequence[str]) -> dict[str, Path]:

@@ -176,9 +176,7 @@ def save(model: torch.nn.Module, tokenizer: ErnieMTokenizer, folder: Path) -> No
     tokenizer.save_pretrained(folder)
 
 
-def save_as_xlmr(
-    model: Any, head: Any, labels: list[str], vocab: Path, folder: Path
-) -> None:
+def save_as_xlmr(model: Any, head: Any, labels: list[str], vocab: Path, folder: Path) -> None:
     """The same network under the names of XLM-RoBERTa; its pooler is the first half of the head."""
     tokenizer = XLMRobertaTokenizerFast(
         vocab_file=str(vocab / "sentencepiece.bpe.model"), model_max_length=WINDOW
@@ -195,9 +193,7 @@ def save_as_xlmr(
     )
     theirs = head(config).eval()
     is_pooled = head is XLMRobertaForSequenceClassification
-    tensors = {
-        xlmr_name(name, is_pooled): tensor for name, tensor in model.state_dict().items()
-    }
+    tensors = {xlmr_name(name, is_pooled): tensor for name, tensor in model.state_dict().items()}
     words = "roberta.embeddings.word_embeddings.weight"
     padding = theirs.state_dict()[words][len(tensors[words]) :]
     tensors[words] = torch.cat([tensors[words], padding])

@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 OUT = os.fdopen(os.dup(1), "w", buffering=1)
 os.dup2(2, 1)  # what libraries print must not come between the answers
@@ -38,7 +39,7 @@ class Engine:
         options: of which the fastest is taken, for each kind of pieces.
     """
 
-    options = [{}]
+    options: ClassVar = [{}]
 
     def run(self, pieces, option):
         """Rows of each piece."""
@@ -48,7 +49,7 @@ class Engine:
 class Padded(Engine):
     """Sorted by length, so many a batch, padded to the longest."""
 
-    options = BATCHES
+    options: ClassVar = BATCHES
 
     def run(self, pieces, option):
         ids = [piece["ids"] for piece in pieces]
@@ -62,7 +63,7 @@ class Padded(Engine):
             for row, i in enumerate(places):
                 padded[row, : len(ids[i])] = ids[i]
                 mask[row, : len(ids[i])] = 1
-            for i, logits in zip(places, self.forward(padded, mask)):
+            for i, logits in zip(places, self.forward(padded, mask), strict=True):
                 rows[i] = logits[: len(ids[i])]
         return rows
 
@@ -94,7 +95,7 @@ class Torch(Padded):
 class Pipeline(Engine):
     """As transformers' documentation has it."""
 
-    options = BATCHES
+    options: ClassVar = BATCHES
 
     def __init__(self):
         import torch
@@ -151,10 +152,8 @@ class OpenVino(Padded):
 class CTranslate2(Engine):
     """The encoder; the head on it, a small product, is numpy's."""
 
-    options = [
-        {"batch": size, "lanes": lanes}
-        for size in (4, 8, 16, 32)
-        for lanes in sorted({1, THREADS})
+    options: ClassVar = [
+        {"batch": size, "lanes": lanes} for size in (4, 8, 16, 32) for lanes in sorted({1, THREADS})
     ]
 
     def __init__(self):
@@ -188,7 +187,7 @@ class CTranslate2(Engine):
             places = order[start : start + option["batch"]]
             out = encoder.forward_batch([ids[i] for i in places])
             hidden = np.array(out.last_hidden_state)
-            for i, states in zip(places, hidden):
+            for i, states in zip(places, hidden, strict=True):
                 rows[i] = states[: len(ids[i])] @ self.weight + self.bias
 
         with ThreadPoolExecutor(option["lanes"]) as pool:
