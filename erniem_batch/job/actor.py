@@ -5,9 +5,10 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -214,10 +215,7 @@ class UnitTagger:
         return read_letters(reader, self._run.output) if unit.letters else reader.chunks()
 
     def _tag_chunk(self, chunk: Chunk, tally: "_Tally", attempt: Attempt) -> pa.Table:
-        records = [
-            Record(str(place.row), text, {name: v[i] for name, v in chunk.fields.items()})
-            for i, (place, text) in enumerate(zip(chunk.places, chunk.texts, strict=True))
-        ]
+        records = list(_records(chunk))
         if attempt.row_by_row:
             outcomes = self._one_by_one(records, tally.n_seen, attempt)
         else:
@@ -250,6 +248,13 @@ class UnitTagger:
             outcomes += self._predictor.predict([record])
         attempt.works_on(None)
         return outcomes
+
+
+def _records(chunk: Chunk) -> Iterator[Record]:
+    nothing: Mapping[str, Any] = MappingProxyType({})
+    for i, (place, text) in enumerate(zip(chunk.places, chunk.texts, strict=True)):
+        fields = {name: values[i] for name, values in chunk.fields.items()} or nothing
+        yield Record(str(place.row), text, fields)
 
 
 def _source(unit: Unit) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def stream(
             compute=ActorPoolStrategy(
                 min_size=min(pool.min_actors, len(blocks)),
                 max_size=max(pool.min_actors, min(pool.max_actors, len(blocks))),
-                max_concurrent_calls_per_actor=2,
+                max_concurrent_calls_per_actor=calls_at_a_time(pool),
                 enable_true_multi_threading=True,
             ),
             max_restarts=pool.restarts,
@@ -68,6 +68,14 @@ def stream(
         raise JobError(
             f"the actors failed, finished units stay in {assignment.output}: {_cause(error)}"
         ) from error
+
+
+def calls_at_a_time(pool: Pool) -> int:
+    """Of an actor: while one is in the model, others are read, tokenized, decoded and written.
+
+    A GPU computes faster than one thread tokenizes: there, each CPU of the actor has a call.
+    """
+    return max(2, pool.cpus + 1) if pool.gpus else 2
 
 
 def bundles(units: pa.Table, unit_bytes: int) -> list[pa.Table]:

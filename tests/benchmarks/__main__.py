@@ -4,10 +4,10 @@ from pathlib import Path
 
 from cyclopts import App
 
-from tests.benchmarks import forward, job, memory, report, scaling, stages
+from tests.benchmarks import forward, job, layer, memory, report, scaling, stages
 
 app = App(name="python -m tests.benchmarks", help="Benchmarks; each prints a line of JSON.")
-for module in (forward, job, memory, report, scaling, stages):
+for module in (forward, job, layer, memory, report, scaling, stages):
     app.command(module.app, name=module.__name__.rpartition(".")[2])
 
 
@@ -21,6 +21,7 @@ def run_all(*, peers: Path | None = None, folder: Path, vocab: Path | None = Non
         vocab: Folder with a vocabulary; default: that of the demo.
     """
     report.save("forward", forward.main(peers=peers, folder=folder, vocab=vocab))
+    report.save("layer", layer.main(folder=folder, vocab=vocab))
     report.save("job", job.main(peers=peers, folder=folder, vocab=vocab))
     report.save("memory", memory.main(folder=folder, vocab=vocab))
     report.save("stages", stages.main(folder=folder, vocab=vocab))

@@ -2,12 +2,13 @@
 
     python -m tests.benchmarks job [--rounds 5] [--texts 400] [--peers FOLDER]
 
-All have the same weights (the size of ErnieM-base), texts (sentences, in eight files) and threads.
+All have the same weights (the size of ErnieM-base), texts (sentences, in four files) and threads.
 What counts is the time from the first unit begun to the last one written: starting Ray and loading
 the model, which a night's work does once, are left out for everybody.
 
   bare   `Predictor.predict` of a file's texts after the other, nothing read or written.
-  ours   `erniem-batch ner`.
+  ours   `erniem-batch ner`, one actor with all threads, which are lanes of one thread each.
+  actors the same with an actor for each thread.
   naive  race/naive_job.py, with the best of some batch sizes.
 """
 
@@ -32,7 +33,7 @@ from tests.benchmarks.forward import HERE, make_inputs
 from tests.benchmarks.inputs import make_pieces
 from tests.benchmarks.peers import pythons
 
-N_FILES = 8
+N_FILES = 4
 NAIVE_BATCHES = (1, 8)
 
 app = App(help=__doc__)
@@ -65,7 +66,7 @@ def main(
         make_inputs(folder, vocab)
         model = folder / "model" / "ner"
         n_tokens = write_corpus(scratch / "in", model, texts)
-        found: dict[str, list[float]] = {"bare": [], "ours": []}
+        found: dict[str, list[float]] = {"bare": [], "ours": [], "actors": []}
         naive_batch = None
         if peers is not None:
             write_corpus(scratch / "few", model, texts // 8)
@@ -83,7 +84,9 @@ def main(
                 if name == "bare":
                     seconds = bare(model, scratch / "in", threads)
                 elif name == "ours":
-                    seconds = ours(model, scratch / "in", output, threads)
+                    seconds = ours(model, scratch / "in", output, 1, threads)
+                elif name == "actors":
+                    seconds = ours(model, scratch / "in", output, threads, 1)
                 else:
                     assert naive_batch is not None
                     seconds = naive(python, model, scratch / "in", output, threads, naive_batch)
@@ -146,12 +149,13 @@ def predictor(model: str, source: Path, threads: int) -> None:
     print(json.dumps({"seconds": time.perf_counter() - started}))
 
 
-def ours(model: Path, source: Path, output: Path, threads: int) -> float:
+def ours(model: Path, source: Path, output: Path, actors: int, threads: int) -> float:
     """Seconds of the job, from its first unit to its last."""
     script = Path(sys.executable).parent / "erniem-batch"
     subprocess.run(
         [str(script), "ner", "--model", str(model), "--input", str(source), "--output",
-         str(output), "--num-cpus-per-actor", str(threads), "--actors", "1:1"],
+         str(output), "--num-cpus-per-actor", str(threads), "--unit-bytes", "1", "--actors",
+         f"{actors}:{actors}"],
         check=True, capture_output=True,
     )  # fmt: skip
     receipts = [

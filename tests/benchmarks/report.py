@@ -61,8 +61,8 @@ def write() -> None:
     """The section, from what is there."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     sections = {
-        "forward": forward, "job": job, "memory": memory, "stages": stages, "scaling": scaling,
-        "accuracy": accuracy, "tokenizer": tokenizer,
+        "forward": forward, "layer": layer, "job": job, "memory": memory, "stages": stages,
+        "scaling": scaling, "accuracy": accuracy, "tokenizer": tokenizer,
     }  # fmt: skip
     lines = [BEGIN]
     for name, section in sections.items():
@@ -143,13 +143,30 @@ def _speed(row: Mapping[str, Any] | None) -> str:
     )
 
 
+def layer(rows: Sequence[Mapping[str, Any]], where: str) -> Iterator[str]:
+    names = list(rows[0]["share"])
+    yield (
+        "Where the time of a layer goes, one thread, float32, each step by itself; and what a pass "
+        "made of these steps can reach at most, with attention's products counted as work:"
+    )
+    yield ""
+    yield f"| batch | {' | '.join(names)} | at most |"
+    yield f"|---|{'---|' * (len(names) + 1)}"
+    for row in rows:
+        cells = [f"{row['share'][name]:.1%}" for name in names]
+        yield (
+            f"| {row['kind']}, {row['tokens']} tokens | {' | '.join(cells)} | "
+            f"{row['most_possible']:.0%} |"
+        )
+
+
 def job(found: Mapping[str, Any], where: str) -> Iterator[str]:
     speeds = found["tokens_per_s"]
     by = found["ours_by"]
     yield (
         f"NER from Parquet to Parquet through Ray, {found['threads']} threads, {found['tokens']} "
         f"tokens of sentences, start left out: {speeds['ours']} tokens/s, {by['bare']:.0%} of the "
-        f"bare predictor ({speeds['bare']})"
+        f"bare predictor ({speeds['bare']}), {by['actors']:.2f} times an actor for each thread"
         + (
             f" and {by['naive']:.1f} times Ray Data with transformers' pipeline, as tutorials have "
             f"it ({speeds['naive']}, batches of {found['naive_batch']})."
