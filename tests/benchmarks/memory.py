@@ -57,7 +57,7 @@ def main(
             row = {
                 "actors": peaks.n_actors,
                 "actor_rss_mb": round(peaks.actor_rss),
-                "actor_private_mb": round(peaks.actor_private),
+                "actor_anonymous_mb": round(peaks.actor_anonymous),
                 "all_actors_pss_mb": round(peaks.all_pss),
                 "driver_rss_mb": round(peaks.driver_rss),
                 "weights_mb": round((model / "model.safetensors").stat().st_size / 1e6),

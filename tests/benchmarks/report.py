@@ -184,7 +184,7 @@ def memory(rows: Sequence[Mapping[str, Any]], where: str) -> Iterator[str]:
     for row in rows:
         yield (
             f"| {row['actors']} | {row['all_actors_pss_mb']} | {row['actor_rss_mb']} | "
-            f"{row['actor_private_mb']} | {row['driver_rss_mb']} |"
+            f"{row['actor_anonymous_mb']} | {row['driver_rss_mb']} |"
         )
 
 

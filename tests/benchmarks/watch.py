@@ -18,7 +18,7 @@ class Peaks:
 
     Attributes:
         actor_rss: of one actor; pages that it shares with others counted in full.
-        actor_private: of one actor; what nobody else has.
+        actor_anonymous: of one actor; what comes from no file, so that nobody else has it.
         all_pss: of all actors together; shared pages counted once.
     """
 
@@ -26,7 +26,7 @@ class Peaks:
     seconds: float = 0.0
     driver_rss: float = 0.0
     actor_rss: float = 0.0
-    actor_private: float = 0.0
+    actor_anonymous: float = 0.0
     all_pss: float = 0.0
     driver_over_time: list[float] = field(default_factory=list)
     actor_over_time: list[float] = field(default_factory=list)
@@ -61,8 +61,7 @@ def look(pid: int, peaks: Peaks) -> None:
     if actors:
         peaks.n_actors = max(peaks.n_actors, len(actors))
         peaks.actor_rss = max(peaks.actor_rss, *(a["Rss"] for a in actors), 0)
-        private = [a["Private_Dirty"] + a["Private_Clean"] for a in actors]
-        peaks.actor_private = max(peaks.actor_private, *private, 0)
+        peaks.actor_anonymous = max(peaks.actor_anonymous, *(a["Anonymous"] for a in actors), 0)
         peaks.all_pss = max(peaks.all_pss, sum(a["Pss"] for a in actors))
         peaks.actor_over_time.append(round(max(a["Rss"] for a in actors)))
 
