@@ -8,7 +8,8 @@ the model, which a night's work does once, are left out for everybody.
 
   bare   `Predictor.predict` of a file's texts after the other, nothing read or written.
   ours   `erniem-batch ner`, one actor with all threads, which are lanes of one thread each.
-  actors the same with an actor for each thread.
+  actors the same with an actor for each thread. Those that start later find less to do: take many
+         more texts before comparing.
   naive  race/naive_job.py, with the best of some batch sizes.
 """
 

@@ -166,7 +166,7 @@ def job(found: Mapping[str, Any], where: str) -> Iterator[str]:
     yield (
         f"NER from Parquet to Parquet through Ray, {found['threads']} threads, {found['tokens']} "
         f"tokens of sentences, start left out: {speeds['ours']} tokens/s, {by['bare']:.0%} of the "
-        f"bare predictor ({speeds['bare']}), {by['actors']:.2f} times an actor for each thread"
+        f"bare predictor ({speeds['bare']})"
         + (
             f" and {by['naive']:.1f} times Ray Data with transformers' pipeline, as tutorials have "
             f"it ({speeds['naive']}, batches of {found['naive_batch']})."
