@@ -7,6 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,26 +45,26 @@ def find_budget(model: ErnieMModel, window_tokens: int) -> int:
     facts = _facts(model, window_tokens)
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
     path = cache_folder() / "budgets" / f"{digest}.json"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Of several actors that start at the same time one tries: they would disturb each other.
-        with FileLock(path.with_suffix(".lock")):
-            known = _read(path)
-            if known is not None:
-                return known
-            speeds = measure(model, ladder(_weight(model).device.type, window_tokens))
-            _write(path, {**facts, "tokens_per_s": speeds, "max_batch_tokens": choose(speeds)})
-    except OSError:  # a home that cannot be written: tried each time
+    with ExitStack() as stack:
+        with suppress(OSError):  # a home that cannot be written: tried each time
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Of several actors that start together one tries: they would disturb each other.
+            stack.enter_context(FileLock(path.with_suffix(".lock")))
+        known = _read(path)
+        if known is not None:
+            return known
         speeds = measure(model, ladder(_weight(model).device.type, window_tokens))
-    budget = choose(speeds)
+        budget = choose(speeds)
+        with suppress(OSError):
+            _write(path, {**facts, "tokens_per_s": speeds, "max_batch_tokens": budget})
     logger.info("found max_batch_tokens=%d of=%s", budget, ",".join(map(str, speeds)))
     return budget
 
 
 def ladder(device_type: str, window_tokens: int) -> list[int]:
-    """What is tried, the least first."""
+    """What is tried, in no order."""
     known = LADDER.get(device_type, LADDER["cpu"])
-    return [n for n in known if n > window_tokens] + [window_tokens] * (window_tokens > known[0])
+    return [n for n in known if n > window_tokens] + [window_tokens] * (window_tokens >= known[0])
 
 
 def measure(model: ErnieMModel, budgets: Sequence[int]) -> dict[int, float]:
@@ -118,7 +119,7 @@ def _facts(model: ErnieMModel, window_tokens: int) -> dict[str, Any]:
     config, device = model.config, _weight(model).device
     is_gpu = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if is_gpu else _cpu_name(),
+        "device": torch.cuda.get_device_name(device) if is_gpu else cpu_name(),
         "threads": None if is_gpu else torch.get_num_threads(),
         "linear": type(model.encoder.layers[0].linear1).__name__,
         "dtype": str(_weight(model).dtype),
@@ -138,7 +139,7 @@ def _weight(model: ErnieMModel) -> Tensor:
     return model.embeddings.word_embeddings.weight
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     """As the system calls it; two of one name are taken for equal."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -255,9 +255,7 @@ class Predictor:
     def _forward_all(
         self, windows: Sequence[Window], side_by_side: bool = False
     ) -> list[FloatArray | Failure]:
-        """Args:
-        side_by_side: gives batches to all lanes; else this thread computes them, one by one.
-        """
+        """`forward`, by all lanes side by side; or by this thread, one batch after the other."""
         outputs: dict[int, FloatArray | Failure] = {}
         places: dict[bytes, int] = {}
         place_of = [places.setdefault(w.ids.tobytes(), len(places)) for w in windows]

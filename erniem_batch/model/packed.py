@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from erniem_batch.model.activations import activate_
 from erniem_batch.model.config import ErnieMConfig
 from erniem_batch.model.encoder import ErnieMEncoderLayer, ErnieMModel, hidden_tokens
-from erniem_batch.model.steps import Given, Steps, steps_for
+from erniem_batch.model.steps import Steps, steps_for
 
 # What attention adds to a hidden token, as a share of the largest number: finite, for a text of
 # which everything is hidden.
@@ -160,25 +161,23 @@ def encode_packed(
     layers = list(model.encoder.layers)[:n_layers]
     assert isinstance(layers[0], ErnieMEncoderLayer)
     steps = steps_for(layers[0].linear1)
-    given_TD = steps.given(hidden_TD)
     for number, layer in enumerate(layers, start=1):
         assert isinstance(layer, ErnieMEncoderLayer)
         is_last = number == len(layers)
         wanted_N = batch.firsts_N if firsts_only and is_last else None
-        hidden_TD, given_TD = _layer(layer, hidden_TD, given_TD, batch, steps, wanted_N)
+        hidden_TD = _layer(layer, hidden_TD, batch, steps, wanted_N)
     return hidden_TD
 
 
 def _layer(
     layer: ErnieMEncoderLayer,
     hidden_TD: Tensor,
-    given_TD: Given,
     batch: Packed,
     steps: Steps,
     wanted_N: Tensor | None,
-) -> tuple[Tensor, Given]:
-    """Hidden states of all tokens, or of those wanted, and the same as linear layers take them."""
+) -> Tensor:
     attention = layer.self_attn.self_attn
+    given_TD = steps.given(hidden_TD)
     asking_SD, given_SD = hidden_TD, given_TD
     if wanted_N is not None:
         asking_SD, given_SD = hidden_TD[wanted_N], given_TD[wanted_N]
@@ -192,11 +191,12 @@ def _layer(
     else:
         _attend_in_one_call(q_SHK, k_THK, v_THK, batch.grid, mixed_SHK)
     mixed_SD = steps.given(mixed_SHK.flatten(1))
-    hidden_SD, given_SD = steps.add_and_norm(
-        layer.self_attn.out_proj, mixed_SD, asking_SD, layer.norm1
-    )
-    inner = steps.activate(layer.linear1, given_SD, layer.activation)
-    return steps.add_and_norm(layer.linear2, inner, hidden_SD, layer.norm2)
+    attended_SD = steps.project("added", layer.self_attn.out_proj, mixed_SD)
+    hidden_SD = layer.norm1(attended_SD.add_(asking_SD))
+    projected = steps.project("inner", layer.linear1, steps.given(hidden_SD))
+    inner = steps.given(activate_(layer.activation, projected))
+    normed: Tensor = layer.norm2(steps.project("added", layer.linear2, inner).add_(hidden_SD))
+    return normed
 
 
 def _attend(

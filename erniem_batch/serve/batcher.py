@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Self, TypeVar, cast
 
+from erniem_batch.batching import LEAST_TOKENS
 from erniem_batch.errors import ErnieMBatchError
 
 Item = TypeVar("Item")
@@ -161,7 +162,7 @@ class Batcher(Generic[Item, Result]):
     max_batch_tokens: int
     max_queue_tokens: int
     padding: Callable[[Item], int] = lambda item: 0
-    lane_tokens: int = 128
+    lane_tokens: int = LEAST_TOKENS
     on_batch: Callable[[BatchReport], None] = lambda report: None
     device: Device = field(default_factory=Device)
     _queue: deque[_Waiting[Item, Result]] = field(default_factory=deque, init=False)

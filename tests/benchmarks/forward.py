@@ -17,8 +17,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ import numpy as np
 from cyclopts import App
 from rich.console import Console
 
+from tests.benchmarks.inputs import write_inputs
 from tests.benchmarks.peers import pythons
 
 HERE = Path(__file__).parent
@@ -246,9 +247,7 @@ def main(
         vocab: Folder with a vocabulary; default: that of the demo.
         quick: Two layers and one round, to see that it works.
     """
-    with ExitStack() as stack:
-        folder = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        make_inputs(folder, vocab, layers=2 if quick else LAYERS)
+    with workplace(folder, vocab, layers=2 if quick else LAYERS) as (_, folder):
         names = [n for n in CONTENDERS if (peers or not CONTENDERS[n]) and n in (engines or [n])]
         pythons_of = {"": Path(sys.executable)} | (pythons(peers) if peers else {})
         results = []
@@ -258,11 +257,20 @@ def main(
     return results
 
 
-def make_inputs(folder: Path, vocab: Path | None, layers: int = LAYERS) -> None:
-    """Models and texts, unless they are there."""
-    if (folder / "race-mixed.json").exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(HERE / "inputs.py"), str(folder), "--layers", str(layers),
-               "--rows", "250002"]  # fmt: skip
-    subprocess.run([*command, "--vocab", str(vocab)] if vocab else command, check=True)
+@contextmanager
+def workplace(
+    folder: Path | None, vocab: Path | None, layers: int = LAYERS
+) -> Iterator[tuple[Path, Path]]:
+    """A folder for scratch, gone afterwards, and the one with models and texts, made if need be.
+
+    Args:
+        folder: that is kept; None: scratch is taken.
+        vocab: folder with a vocabulary; None: that of the demo.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = Path(temporary)
+        kept = (folder or scratch).resolve()
+        if not (kept / "race-mixed.json").exists():
+            kept.mkdir(parents=True, exist_ok=True)
+            write_inputs(kept, vocab, layers, "--rows", "250002")
+        yield scratch, kept

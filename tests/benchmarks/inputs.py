@@ -1,6 +1,6 @@
 """Models and texts for the benchmarks, all from one seed.
 
-    python tests/benchmarks/inputs.py FOLDER --vocab VOCAB_FOLDER [--layers 12] [--rows 250002]
+    python -m tests.benchmarks.inputs FOLDER --vocab VOCAB_FOLDER [--layers 12] [--rows 250002]
 
 In FOLDER:
   model/encoder, ner, classify  ErnieM as `erniem-batch serve` and transformers load it: one encoder
@@ -17,6 +17,8 @@ import argparse
 import json
 import os
 import random
+import subprocess
+import sys
 import unicodedata
 from collections.abc import Iterator
 from itertools import repeat
@@ -39,6 +41,7 @@ from erniem_batch import (
     ErnieMTokenizer,
 )
 from erniem_batch.options import DEMO_FOLDER
+from tests.parity.xlmr import renamed
 
 ENTITIES = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC"]
 LABELS = ["negative", "neutral", "positive"]
@@ -57,19 +60,15 @@ WINDOW = 512
 # 60 % are short, 30 % paragraphs, 10 % long, and for every hundred there are 5,000 tokens of a
 # document, in windows.
 RACE = {"short": 64, "mixed": 30}
-# XLM-RoBERTa's names for the parts of ErnieM.
-RENAMED = (
-    ("embeddings.layer_norm", "embeddings.LayerNorm"),
-    ("encoder.layers.", "encoder.layer."),
-    ("self_attn.self_attn.q_proj", "attention.self.query"),
-    ("self_attn.self_attn.k_proj", "attention.self.key"),
-    ("self_attn.self_attn.v_proj", "attention.self.value"),
-    ("self_attn.out_proj", "attention.output.dense"),
-    ("norm1", "attention.output.LayerNorm"),
-    ("norm2", "output.LayerNorm"),
-    ("linear1", "intermediate.dense"),
-    ("linear2", "output.dense"),
-)
+
+
+def write_inputs(folder: Path, vocab: Path | None, layers: int, *more: str) -> None:
+    """All of it, by a process of its own: what it takes of memory goes with it."""
+    command = [sys.executable, "-m", "tests.benchmarks.inputs", str(folder.resolve())]
+    command += ["--layers", str(layers), *more]
+    if vocab is not None:
+        command += ["--vocab", str(vocab.resolve())]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[2])
 
 
 def main() -> None:
@@ -132,11 +131,16 @@ def make_pieces(
     return pieces
 
 
-def sentences(rng: random.Random) -> Iterator[str]:
-    """The sample sentences again and again, in ever new order; numbers make each new."""
+def sample_texts() -> list[str]:
+    """Those that come with the package."""
     files = sorted((DEMO_FOLDER / "data").glob("*.jsonl"))
     lines = [line for path in files for line in path.read_text(encoding="utf-8").splitlines()]
-    known = [unicodedata.normalize("NFC", json.loads(line)["text"]) for line in lines if line]
+    return [json.loads(line)["text"] for line in lines if line]
+
+
+def sentences(rng: random.Random) -> Iterator[str]:
+    """The sample sentences again and again, in ever new order; numbers make each new."""
+    known = [unicodedata.normalize("NFC", text) for text in sample_texts()]
     for _ in repeat(None):
         for sentence in rng.sample(known, len(known)):
             yield f"{rng.randint(1, 9999)} {sentence}"
@@ -193,7 +197,7 @@ def save_as_xlmr(model: Any, head: Any, labels: list[str], vocab: Path, folder: 
     )
     theirs = head(config).eval()
     is_pooled = head is XLMRobertaForSequenceClassification
-    tensors = {xlmr_name(name, is_pooled): tensor for name, tensor in model.state_dict().items()}
+    tensors = dict(renamed(model.state_dict(), is_pooled))
     words = "roberta.embeddings.word_embeddings.weight"
     padding = theirs.state_dict()[words][len(tensors[words]) :]
     tensors[words] = torch.cat([tensors[words], padding])
@@ -201,16 +205,6 @@ def save_as_xlmr(model: Any, head: Any, labels: list[str], vocab: Path, folder: 
     theirs.load_state_dict(tensors)
     theirs.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def xlmr_name(name: str, is_pooled: bool) -> str:
-    head = {"ernie_m.pooler.": "classifier.", "classifier.": "classifier.out_proj."}
-    for ours, theirs in head.items() if is_pooled else ():
-        if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
-    for ours, theirs in RENAMED:
-        name = name.replace(ours, theirs)
-    return name.replace("ernie_m.", "roberta.")
 
 
 def link_as_encoder(source: Path, folder: Path) -> None:

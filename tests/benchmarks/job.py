@@ -19,9 +19,7 @@ import secrets
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,8 @@ import pyarrow.parquet as pq
 from cyclopts import App
 from rich.console import Console
 
-from tests.benchmarks.forward import HERE, make_inputs
+from erniem_batch.job.rundir import RunFolder
+from tests.benchmarks.forward import HERE, workplace
 from tests.benchmarks.inputs import make_pieces
 from tests.benchmarks.peers import pythons
 
@@ -61,10 +60,7 @@ def main(
         folder: For models; kept, and not made again.
         vocab: Folder with a vocabulary; default: that of the demo.
     """
-    with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        folder = folder or scratch
-        make_inputs(folder, vocab)
+    with workplace(folder, vocab) as (scratch, folder):
         model = folder / "model" / "ner"
         n_tokens = write_corpus(scratch / "in", model, texts)
         found: dict[str, list[float]] = {"bare": [], "ours": [], "actors": []}
@@ -159,11 +155,7 @@ def ours(model: Path, source: Path, output: Path, actors: int, threads: int) -> 
          f"{actors}:{actors}"],
         check=True, capture_output=True,
     )  # fmt: skip
-    receipts = [
-        row
-        for path in sorted((output / "_run" / "ledger").glob("*.parquet"))
-        for row in pq.read_table(path).to_pylist()
-    ]
+    receipts = RunFolder(str(output)).read_ledger(1).to_pylist()
     ended = [(output / row["output"]).stat().st_mtime for row in receipts]
     begun = [end - row["seconds"] for end, row in zip(ended, receipts, strict=True)]
     return max(ended) - min(begun)

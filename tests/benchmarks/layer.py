@@ -8,10 +8,8 @@ what the products take is the mark, and what the rest takes is what no packing c
 
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from erniem_batch import ErnieMForTokenClassification
 from erniem_batch.batching import plan_batches
 from erniem_batch.model.activations import activate_
 from erniem_batch.model.packed import Packed, _attend, pack
-from tests.benchmarks.forward import KINDS, attention_share, make_inputs
+from tests.benchmarks.forward import KINDS, attention_share, workplace
 
 BUDGETS = (512, 1024)
 
@@ -43,9 +41,7 @@ def main(
         folder: For models; kept, and not made again.
         vocab: Folder with a vocabulary; default: that of the demo.
     """
-    with ExitStack() as stack:
-        folder = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        make_inputs(folder, vocab)
+    with workplace(folder, vocab) as (_, folder):
         torch.set_num_threads(1)
         model = ErnieMForTokenClassification.from_pretrained(folder / "model" / "ner").eval()
         rows = []

@@ -7,15 +7,13 @@ are in the figures of each actor, and once in those of all together.
 """
 
 import json
-import tempfile
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from cyclopts import App
 from rich.console import Console
 
-from tests.benchmarks.forward import make_inputs
+from tests.benchmarks.forward import workplace
 from tests.benchmarks.job import write_corpus
 from tests.benchmarks.watch import erniem_batch, watched
 
@@ -39,10 +37,7 @@ def main(
         folder: For models; kept, and not made again.
         vocab: Folder with a vocabulary; default: that of the demo.
     """
-    with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        folder = folder or scratch
-        make_inputs(folder, vocab)
+    with workplace(folder, vocab) as (scratch, folder):
         model = folder / "model" / "ner"
         write_corpus(scratch / "in", model, texts)
         rows = []

@@ -16,6 +16,8 @@ from typing import Any
 
 from cyclopts import App
 
+from erniem_batch.budget import cpu_name
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 CHART = RESULTS / "forward.svg"
@@ -62,7 +64,7 @@ def write() -> None:
     found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     sections = {
         "forward": forward, "layer": layer, "job": job, "memory": memory, "stages": stages,
-        "scaling": scaling, "accuracy": accuracy, "tokenizer": tokenizer,
+        "scaling": scaling, "accuracy": told, "tokenizer": told,
     }  # fmt: skip
     lines = [BEGIN]
     for name, section in sections.items():
@@ -79,11 +81,10 @@ def write() -> None:
 def machine() -> str:
     """This one, in a line."""
     info = Path("/proc/cpuinfo").read_text()
-    names = [line.partition(":")[2].strip() for line in info.splitlines() if "model name" in line]
     flags = [flag for flag in FLAGS if f" {flag} " in f"{info} ".replace("\n", " ")]
     memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return (
-        f"{names[0]}, {os.cpu_count()} cores of a virtual machine ({', '.join(flags)}), "
+        f"{cpu_name()} of a virtual machine ({', '.join(flags)}), "
         f"{memory_gb:.0f} GB, Python {platform.python_version()}, torch {version('torch')}, "
         f"{date.today():%B %Y}"
     )
@@ -213,11 +214,7 @@ def scaling(rows: Sequence[Mapping[str, Any]], where: str) -> Iterator[str]:
         )
 
 
-def accuracy(found: Mapping[str, Any], where: str) -> Iterator[str]:
-    yield found["text"]
-
-
-def tokenizer(found: Mapping[str, Any], where: str) -> Iterator[str]:
+def told(found: Mapping[str, Any], where: str) -> Iterator[str]:
     yield found["text"]
 
 

@@ -20,7 +20,9 @@ from cyclopts import App
 from rich.console import Console
 
 from erniem_batch import ErnieMConfig, ErnieMForTokenClassification, ErnieMTokenizer
+from erniem_batch.job.rundir import RunFolder
 from erniem_batch.options import DEMO_FOLDER
+from tests.benchmarks.inputs import sample_texts
 from tests.benchmarks.watch import erniem_batch, watched
 
 ROWS_A_FILE = 50_000
@@ -45,7 +47,7 @@ def main(
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
-        words = read_words()
+        words = [word for text in sample_texts() for word in text.split()]
         plans: list[tuple[str, int, int, int, int, int]] = []
         for count in (1000, 3000) if quick else rows:
             plans.append(("rows", count, count, 10, 1, 7))
@@ -69,11 +71,7 @@ def main(
             done = pq.ParquetDataset([str(p) for p in (folder / "out").glob("*.parquet")])
             table = done.read(columns=["id", "n_tokens"])
             assert len(set(table["id"].to_pylist())) == n_rows, "each row once"
-            receipts = [
-                row
-                for path in (folder / "out" / "_run" / "ledger").glob("*.parquet")
-                for row in pq.read_table(path).to_pylist()
-            ]
+            receipts = RunFolder(str(folder / "out")).read_ledger(1).to_pylist()
             result = {
                 what: value,
                 "rows": n_rows,
@@ -87,13 +85,6 @@ def main(
             results.append(result)
     print(json.dumps(results))
     return results
-
-
-def read_words() -> list[str]:
-    """Of the sample sentences."""
-    files = sorted((DEMO_FOLDER / "data").glob("*.jsonl"))
-    lines = [line for path in files for line in path.read_text(encoding="utf-8").splitlines()]
-    return [word for line in lines if line for word in json.loads(line)["text"].split()]
 
 
 def write(folder: Path, words: Sequence[str], n_rows: int, n_words: int) -> None:

@@ -562,9 +562,9 @@ def layers(quick: bool) -> int:
 
 def make_inputs(folder: Path, vocab: Path, quick: bool) -> None:
     console.print("making models and texts …")
-    command = [sys.executable, str(HERE / "inputs.py"), str(folder), "--vocab", str(vocab),
-               "--layers", str(layers(quick))]  # fmt: skip
-    subprocess.run(command, check=True)
+    command = [sys.executable, "-m", "tests.benchmarks.inputs", str(folder.resolve()),
+               "--vocab", str(vocab.resolve()), "--layers", str(layers(quick))]  # fmt: skip
+    subprocess.run(command, check=True, cwd=REPOSITORY)
 
 
 if __name__ == "__main__":

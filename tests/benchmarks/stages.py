@@ -7,10 +7,8 @@ size of ErnieM-base and with that of the demo, next to which all else weighs mor
 """
 
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,7 +24,7 @@ from erniem_batch.job.config import JobConfig
 from erniem_batch.job.read import UnitReader
 from erniem_batch.job.units import files_of, find_files, plan_units
 from erniem_batch.model.fetch import local_folder, model_digest
-from tests.benchmarks.forward import make_inputs
+from tests.benchmarks.forward import workplace
 from tests.benchmarks.job import write_corpus
 
 app = App(help=__doc__)
@@ -59,10 +57,7 @@ def main(
         folder: For models; kept, and not made again.
         vocab: Folder with a vocabulary; default: that of the demo.
     """
-    with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        folder = folder or scratch
-        make_inputs(folder, vocab)
+    with workplace(folder, vocab) as (scratch, folder):
         base = folder / "model" / "ner"
         rows = []
         for name, model, count in (

@@ -119,7 +119,7 @@ def xlmr_copy(folder: Path, target: Path, head: str) -> Path:
         **values, type_vocab_size=1, bos_token_id=0, eos_token_id=2
     )
     copy = getattr(transformers, f"XLMRobertaFor{head}")(config)
-    weights = dict(_renamed(source.state_dict(), head == "SequenceClassification"))
+    weights = dict(renamed(source.state_dict(), head == "SequenceClassification"))
     # ErnieM has no token types.
     types = "roberta.embeddings.token_type_embeddings.weight"
     weights[types] = torch.zeros_like(copy.state_dict()[types])
@@ -129,7 +129,7 @@ def xlmr_copy(folder: Path, target: Path, head: str) -> Path:
     return target
 
 
-def _renamed(weights: Mapping[str, Any], pooled: bool) -> Iterable[tuple[str, Any]]:
+def renamed(weights: Mapping[str, Any], pooled: bool) -> Iterable[tuple[str, Any]]:
     for name, tensor in weights.items():
         if name.startswith("ernie_m.pooler."):
             if pooled:  # XLM-R's pooler is part of its head

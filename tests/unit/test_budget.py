@@ -26,6 +26,7 @@ def model(random_model):
 def test_a_window_fits():
     assert ladder("cpu", 512) == [1024, 2048, 512]
     assert ladder("cpu", 100) == [256, 512, 1024, 2048]
+    assert ladder("cpu", 256) == [512, 1024, 2048, 256]
     assert ladder("cpu", 3000) == [3000]
     assert ladder("cuda", 512)[0] == 4096
 

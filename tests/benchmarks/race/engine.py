@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar
 
@@ -32,7 +33,7 @@ import numpy as np  # noqa: E402
 BATCHES = [{"batch": size} for size in (1, 4, 8, 16, 32)]
 
 
-class Engine:
+class Engine(ABC):
     """What all have in common.
 
     Attributes:
@@ -41,9 +42,9 @@ class Engine:
 
     options: ClassVar = [{}]
 
+    @abstractmethod
     def run(self, pieces, option):
         """Rows of each piece."""
-        raise NotImplementedError
 
 
 class Padded(Engine):
@@ -71,13 +72,13 @@ class Padded(Engine):
 class Torch(Padded):
     """A model of transformers in a plain loop."""
 
-    def __init__(self):
+    def __init__(self, name):
         import torch
         from transformers import AutoModelForTokenClassification as Xlmr
 
         torch.set_num_threads(THREADS)
         self.torch = torch
-        if NAME == "hf4-loop":
+        if name == "hf4-loop":
             from transformers.models.ernie_m.modeling_ernie_m import ErnieMForTokenClassification
 
             self.model = ErnieMForTokenClassification.from_pretrained(FOLDER / "model" / "ner")
@@ -97,38 +98,23 @@ class Pipeline(Engine):
 
     options: ClassVar = BATCHES
 
-    def __init__(self):
-        import torch
-        from transformers import pipeline
-        from transformers.models.ernie_m.modeling_ernie_m import ErnieMForTokenClassification
-        from transformers.models.ernie_m.tokenization_ernie_m import ErnieMTokenizer
+    def __init__(self, name):
+        from tutorial import ner_pipeline
 
-        torch.set_num_threads(THREADS)
-        folder = FOLDER / "model" / "ner"
-        self.pipeline = pipeline(
-            "token-classification",
-            model=ErnieMForTokenClassification.from_pretrained(folder),
-            tokenizer=ErnieMTokenizer(
-                str(folder / "sentencepiece.bpe.model"), vocab_file=str(folder / "vocab.txt"),
-                model_max_length=512,
-            ),
-            aggregation_strategy="simple",
-            device="cpu",
-        )  # fmt: skip
+        self.pipeline = ner_pipeline(FOLDER / "model" / "ner", THREADS)
 
     def run(self, pieces, option):
         self.pipeline([piece["text"] for piece in pieces], batch_size=option["batch"])
 
 
 class OnnxRuntime(Padded):
-    def __init__(self):
+    def __init__(self, name):
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = THREADS
-        name = "int8" if NAME.endswith("int8") else "float32"
         self.session = onnxruntime.InferenceSession(
-            str(exported(name)), options, providers=["CPUExecutionProvider"]
+            str(exported(name.rpartition("-")[2])), options, providers=["CPUExecutionProvider"]
         )
 
     def forward(self, ids, mask):
@@ -136,7 +122,7 @@ class OnnxRuntime(Padded):
 
 
 class OpenVino(Padded):
-    def __init__(self):
+    def __init__(self, name):
         import openvino
 
         core = openvino.Core()
@@ -156,12 +142,12 @@ class CTranslate2(Engine):
         {"batch": size, "lanes": lanes} for size in (4, 8, 16, 32) for lanes in sorted({1, THREADS})
     ]
 
-    def __init__(self):
+    def __init__(self, name):
         import ctranslate2
 
         self.lib = ctranslate2
         self.folder = converted()
-        self.kind = NAME.rpartition("-")[2]
+        self.kind = name.rpartition("-")[2]
         self.encoders = {}
         with np.load(self.folder / "head.npz") as head:
             self.weight, self.bias = head["weight"].T.copy(), head["bias"]
@@ -198,12 +184,12 @@ class CTranslate2(Engine):
 class Ours(Engine):
     """The predictor, from windows to rows."""
 
-    def __init__(self):
+    def __init__(self, name):
         from erniem_batch.config import PredictorConfig
         from erniem_batch.options import options_of
         from erniem_batch.predictor import Predictor
 
-        _, task, dtype = NAME.split("-")
+        _, task, dtype = name.split("-")
         self.predictor = Predictor.load(
             PredictorConfig(
                 model=str(FOLDER / "model" / task), options=options_of(task, {}), device="cpu",
@@ -225,10 +211,8 @@ class Ours(Engine):
 class Gemm(Ours):
     """Nothing but the products of the linear layers, of the batches that the predictor makes."""
 
-    def __init__(self):
-        name = globals()["NAME"]
-        globals()["NAME"] = name.replace("gemm", "ours") + "-float32"
-        super().__init__()
+    def __init__(self, name):
+        super().__init__(name.replace("gemm", "ours") + "-float32")
         import torch
 
         encoder = self.predictor.model.ernie_m.encoder
@@ -344,7 +328,6 @@ ENGINES = {
     "ours-classify-float32": Ours,
     "ours-ner-int8": Ours,
     "ours-classify-int8": Ours,
-    "ours-ner-bfloat16": Ours,
     "gemm-ner": Gemm,
     "gemm-classify": Gemm,
 }
@@ -352,7 +335,7 @@ ENGINES = {
 
 def main():
     started = time.perf_counter()
-    engine = ENGINES[NAME]()
+    engine = ENGINES[NAME](NAME)
     answer({"ready_s": time.perf_counter() - started, "options": engine.options})
     for line in sys.stdin:
         asked = json.loads(line)

@@ -22,23 +22,9 @@ import ray  # noqa: E402
 
 class Tagger:
     def __init__(self):
-        import torch
-        from transformers import pipeline
-        from transformers.models.ernie_m.modeling_ernie_m import ErnieMForTokenClassification
-        from transformers.models.ernie_m.tokenization_ernie_m import ErnieMTokenizer
+        from tutorial import ner_pipeline
 
-        torch.set_num_threads(int(THREADS))
-        folder = Path(MODEL)
-        self.pipeline = pipeline(
-            "token-classification",
-            model=ErnieMForTokenClassification.from_pretrained(folder),
-            tokenizer=ErnieMTokenizer(
-                str(folder / "sentencepiece.bpe.model"), vocab_file=str(folder / "vocab.txt"),
-                model_max_length=512,
-            ),
-            aggregation_strategy="simple",
-            device="cpu",
-        )  # fmt: skip
+        self.pipeline = ner_pipeline(Path(MODEL), int(THREADS))
         self.started = None
 
     def __call__(self, batch):
