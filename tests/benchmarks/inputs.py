@@ -41,7 +41,7 @@ from erniem_batch import (
     ErnieMTokenizer,
 )
 from erniem_batch.options import DEMO_FOLDER
-from tests.parity.xlmr import renamed
+from tests.parity.xlmr_names import renamed
 
 ENTITIES = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC"]
 LABELS = ["negative", "neutral", "positive"]

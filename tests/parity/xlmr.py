@@ -12,7 +12,7 @@ Tokens are given without special tokens everywhere here.
 import re
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import Unigram
+from xlmr_names import renamed
 
 from erniem_batch import ErnieMConfig, ErnieMTokenizer
 from erniem_batch.model.heads import HEADS
@@ -78,18 +79,6 @@ def save_random_model(
     return folder
 
 
-_RENAMED = (
-    ("embeddings.layer_norm", "embeddings.LayerNorm"),
-    ("encoder.layers.", "encoder.layer."),
-    ("self_attn.self_attn.q_proj", "attention.self.query"),
-    ("self_attn.self_attn.k_proj", "attention.self.key"),
-    ("self_attn.self_attn.v_proj", "attention.self.value"),
-    ("self_attn.out_proj", "attention.output.dense"),
-    ("norm1", "attention.output.LayerNorm"),
-    ("norm2", "output.LayerNorm"),
-    ("linear1", "intermediate.dense"),
-    ("linear2", "output.dense"),
-)
 _KEPT_VALUES = (
     "vocab_size",
     "hidden_size",
@@ -127,22 +116,6 @@ def xlmr_copy(folder: Path, target: Path, head: str) -> Path:
     copy.eval().save_pretrained(target)
     fast_tokenizer(folder).save_pretrained(target)
     return target
-
-
-def renamed(weights: Mapping[str, Any], pooled: bool) -> Iterable[tuple[str, Any]]:
-    for name, tensor in weights.items():
-        if name.startswith("ernie_m.pooler."):
-            if pooled:  # XLM-R's pooler is part of its head
-                yield name.replace("ernie_m.pooler", "classifier"), tensor
-        elif name.startswith("ernie_m."):
-            name = name.removeprefix("ernie_m.")
-            for old, new in _RENAMED:
-                name = name.replace(old, new)
-            yield f"roberta.{name}", tensor
-        elif pooled:
-            yield name.replace("classifier.", "classifier.out_proj."), tensor
-        else:
-            yield name, tensor
 
 
 def load_pipeline(task: str, folder: Path) -> Any:
