@@ -8,9 +8,9 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,14 +20,28 @@ from rich.console import Console
 from rich.markup import escape
 
 from erniem_batch import __version__, storage
+from erniem_batch.columns import (
+    COLUMNS,
+    ChooseColumns,
+    ClassifyColumns,
+    Columns,
+    ExtractColumns,
+    QaColumns,
+    TextColumn,
+    columns_of,
+)
 from erniem_batch.config import DEMO
 from erniem_batch.errors import CheckpointError, ConfigError, ErnieMBatchError
 from erniem_batch.evaluate.cli import evaluate
 from erniem_batch.job import JobConfig, RunReport, Stopped, replay_job, run_job
+from erniem_batch.job.file import apply_job_file, as_yaml, json_schema
+from erniem_batch.job.forecast import PlanFlags
 from erniem_batch.job.letters import DEAD_LETTERS
 from erniem_batch.job.run import default_output
 from erniem_batch.job.view import ResultView
 from erniem_batch.options import (
+    OPTIONS,
+    TASKS,
     ChooseOptions,
     ClassifyOptions,
     EmbedOptions,
@@ -47,93 +61,34 @@ app = App(
     help="Multilingual tagging with ErnieM, at any scale.",
     version=__version__,
     result_action="return_value",
+    config=(apply_job_file,),
 )
 
 
 EXIT_CODES = """
 
     Exit codes: 0 complete, 2 wrong usage or settings, 3 incomplete (run it again), 4 complete but
-    more dead letters than --max-dead-letters, 143 stopped by SIGTERM (run it again).
+    more dead letters than --max-dead-letters, 5 complete but drifted (--fail-on-drift), 143 stopped
+    by SIGTERM (run it again).
     """
-
-# Under which of these names a task has its text.
-TEXT_COLUMNS = ("text_column", "premise_column", "context_column")
 
 # A dataclass whose fields are flags of their own.
 Flat = Parameter(name="*")
-Column = Annotated[str | None, Parameter(negative=())]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextColumn:
-    """Where the text is.
+class JobFile:
+    """Where a job is written down.
 
     Args:
-        text_column: Column to read; a dot goes into nested ones: doc.body.
-        language_column: Column with the language of the text, for thresholds by language.
+        config: YAML file with any of these flags, by their names without --; flags given here come
+            first. ${NAME} stands for an environment variable. What may stand in it:
+            erniem-batch config-schema TASK.
+        print_config: Print the whole configuration as such a file, and do nothing else.
     """
 
-    text_column: str = "text"
-    language_column: Column = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassifyColumns(TextColumn):
-    """Where the texts are.
-
-    Args:
-        text_column: Column to read; a dot goes into nested ones: doc.body.
-        text_pair_column: Column with a second text, read together with the first.
-        language_column: Column with the language of the text, for thresholds by language.
-    """
-
-    text_pair_column: Column = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChooseColumns:
-    """Where premise and choices are.
-
-    Args:
-        premise_column: Column with the premise; a dot goes into nested ones: doc.body.
-        choices_column: Column with a list of choices, any number of them in each row.
-        question_column: Column with a question about the premise, such as cause or effect.
-        language_column: Column with the language of the text, for thresholds by language.
-    """
-
-    premise_column: str = "premise"
-    choices_column: str = "choices"
-    question_column: Column = None
-    language_column: Column = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class QaColumns:
-    """Where question and context are.
-
-    Args:
-        context_column: Column with the text to find answers in; a dot goes into nested ones.
-        question_column: Column with the question.
-        language_column: Column with the language of the text, for thresholds by language.
-    """
-
-    context_column: str = "context"
-    question_column: str = "question"
-    language_column: Column = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExtractColumns(TextColumn):
-    """Where text and schema are.
-
-    Args:
-        text_column: Column to read; a dot goes into nested ones: doc.body.
-        schema_column: Column with a schema for each row, as text (JSON or YAML), list or mapping;
-            where it is null, --schema counts.
-        language_column: Column with the language of the text, for thresholds by language.
-    """
-
-    schema_column: Column = None
+    config: Annotated[str | None, Parameter(negative=())] = None
+    print_config: Annotated[bool, Parameter(negative=())] = False
 
 
 @app.command
@@ -142,6 +97,7 @@ def ner(
     columns: Annotated[TextColumn, Flat] | None = None,
     options: Annotated[NerOptions, Flat] | None = None,
     config: Annotated[JobConfig, Flat] | None = None,
+    file: Annotated[JobFile, Flat] | None = None,
 ) -> int:
     """Find named entities in Parquet or JSONL shards.
 
@@ -149,7 +105,7 @@ def ner(
     found. Run again after an interruption, it finishes the rest; run again tomorrow, it takes what
     is new or changed.
     """
-    return _run(config, options or NerOptions(), columns or TextColumn())
+    return _run(job_of(config, options or NerOptions(), columns or TextColumn()), file)
 
 
 @app.command
@@ -158,13 +114,14 @@ def classify(
     columns: Annotated[ClassifyColumns, Flat] | None = None,
     options: Annotated[ClassifyOptions, Flat] | None = None,
     config: Annotated[JobConfig, Flat] | None = None,
+    file: Annotated[JobFile, Flat] | None = None,
 ) -> int:
     """Label texts or pairs of texts in Parquet or JSONL shards, or give each a number.
 
     Without flags: sorts sample texts by topic with the demo model. With --candidate-labels and a
     model trained for entailment: zero-shot classification.
     """
-    return _run(config, options or ClassifyOptions(), columns or ClassifyColumns())
+    return _run(job_of(config, options or ClassifyOptions(), columns or ClassifyColumns()), file)
 
 
 @app.command
@@ -173,12 +130,13 @@ def choose(
     columns: Annotated[ChooseColumns, Flat] | None = None,
     options: Annotated[ChooseOptions, Flat] | None = None,
     config: Annotated[JobConfig, Flat] | None = None,
+    file: Annotated[JobFile, Flat] | None = None,
 ) -> int:
     """Choose among several continuations of a premise in Parquet or JSONL shards.
 
     Without flags: sample premises with the demo model, which had little to learn this from.
     """
-    return _run(config, options or ChooseOptions(), columns or ChooseColumns())
+    return _run(job_of(config, options or ChooseOptions(), columns or ChooseColumns()), file)
 
 
 @app.command
@@ -187,12 +145,13 @@ def qa(
     columns: Annotated[QaColumns, Flat] | None = None,
     options: Annotated[QaOptions, Flat] | None = None,
     config: Annotated[JobConfig, Flat] | None = None,
+    file: Annotated[JobFile, Flat] | None = None,
 ) -> int:
     """Answer questions by parts of their contexts, in Parquet or JSONL shards.
 
     Without flags: answers sample questions with the demo model.
     """
-    return _run(config, options or QaOptions(), columns or QaColumns())
+    return _run(job_of(config, options or QaOptions(), columns or QaColumns()), file)
 
 
 @app.command
@@ -201,12 +160,13 @@ def embed(
     columns: Annotated[TextColumn, Flat] | None = None,
     options: Annotated[EmbedOptions, Flat] | None = None,
     config: Annotated[JobConfig, Flat] | None = None,
+    file: Annotated[JobFile, Flat] | None = None,
 ) -> int:
     """Turn texts in Parquet or JSONL shards into vectors.
 
     Without flags: embeds sample texts with the demo model.
     """
-    return _run(config, options or EmbedOptions(), columns or TextColumn())
+    return _run(job_of(config, options or EmbedOptions(), columns or TextColumn()), file)
 
 
 @app.command
@@ -215,12 +175,13 @@ def extract(
     columns: Annotated[ExtractColumns, Flat] | None = None,
     options: Annotated[ExtractOptions, Flat] | None = None,
     config: Annotated[JobConfig, Flat] | None = None,
+    file: Annotated[JobFile, Flat] | None = None,
 ) -> int:
     """Extract what a schema names from Parquet or JSONL shards (universal information extraction).
 
     Without flags: extracts persons, places and organizations from sample texts with the demo model.
     """
-    return _run(config, options or ExtractOptions(), columns or ExtractColumns())
+    return _run(job_of(config, options or ExtractOptions(), columns or ExtractColumns()), file)
 
 
 TASK_COMMANDS = (ner, classify, choose, qa, embed, extract)
@@ -228,23 +189,28 @@ for _command in TASK_COMMANDS:
     _command.__doc__ = (_command.__doc__ or "").rstrip() + EXIT_CODES
 
 
-def _run(config: JobConfig | None, options: Options, columns: Any) -> int:
+def _run(job: JobConfig, file: JobFile | None) -> int:
     """One job; shows its first results if it is the demo."""
-    named = {field.name: getattr(columns, field.name) for field in dataclass_fields(columns)}
-    (text_column,) = (named.pop(name) for name in TEXT_COLUMNS if name in named)
-    given = {n.removesuffix("_column"): c for n, c in named.items() if c is not None}
-    job = config or JobConfig()
-    if job.is_demo:
-        options = _demo_options(job, options)
-        given |= DEMO_FIELDS.get(options.task, {})
-    job = replace(job, options=options, text_column=text_column, fields=given)
+    if file is not None and file.print_config:
+        print(as_yaml(job), end="")
+        return 0
     if job.is_demo and job.output is None:
         job = replace(job, output=default_output(job.task))
-    configure_logging()
+    configure_logging(job.log_format)
     show = None
     if job.is_demo and job.output_format == "parquet":
         show = ResultView(Console(), storage.normal(job.output or ""), job)
     return _finished(run_job(job, on_receipt=show))
+
+
+def job_of(config: JobConfig | None, options: Options, columns: Columns) -> JobConfig:
+    """The configuration of a job, from the three parts that are flags."""
+    job = config or JobConfig()
+    text_column, given = columns_of(columns)
+    if job.is_demo:
+        options = _demo_options(job, options)
+        given = {**given, **DEMO_FIELDS.get(options.task, {})}
+    return replace(job, options=options, text_column=text_column, fields=given)
 
 
 # Columns of the sample data that a task does not read unless told.
@@ -263,6 +229,115 @@ def _demo_options(job: JobConfig, options: Options) -> Options:
             "it: give a model trained for entailment with --model"
         )
     return options
+
+
+@app.command
+def status(output: str, *, watch: float | None = None) -> int:
+    """Tell how far a run is, from its folder alone: running, stopped, ended or dead.
+
+    On stdout one line of JSON. Works on object storage too, from any machine. Where only the run's
+    own sign of life can tell, it waits for it up to a quarter of a minute.
+
+    Args:
+        output: Folder or URL of the run.
+        watch: Look again every so many seconds, until the run is no longer running.
+    """
+    from erniem_batch.job.status import RUNNING
+    from erniem_batch.job.status import status as status_of
+    from erniem_batch.job.view import show_status
+
+    while True:
+        found = status_of(output)
+        show_status(found, Console(stderr=True))
+        print(found.as_line(), flush=True)
+        if watch is None or found.state != RUNNING:
+            return 0
+        time.sleep(watch)
+
+
+@app.command
+def compact(
+    output: str,
+    *,
+    to: Annotated[str | None, Parameter(negative=())] = None,
+    partition_by: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())] = (),
+    target_mb: int = 256,
+) -> int:
+    """Write the results of a complete run once more, as few large files, in Hive's layout.
+
+    Into folders like lang=de/, for DuckDB, Spark, Athena and the like. The new files count all at
+    once, when the manifest names them; those of an earlier compaction go after that. On stdout one
+    line of JSON.
+
+    Args:
+        output: Folder or URL of the run.
+        to: Folder or URL of the second dataset. Default: that of the run, with -compact behind it.
+        partition_by: Columns that become folders, outermost first; with few values. Default: none.
+        target_mb: Size of a file; smaller ones only where there is no more for them.
+    """
+    from erniem_batch.job.compact import compact as compact_run
+
+    configure_logging()
+    report = compact_run(output, to, partition_by, target_mb)
+    print(report.as_line())
+    return 0
+
+
+# ---- plan --------------------------------------------------------------------------------------
+
+plan_app = App(
+    name="plan",
+    help="Tell what a run would take, before it runs: the flags are those of the task.",
+    result_action="return_value",
+)
+app.command(plan_app)
+
+
+def _plan_command(task: str) -> Callable[..., int]:
+    """`plan TASK`, with the flags of TASK."""
+    columns_class, options_class = COLUMNS[task], OPTIONS[task]
+
+    def plan(
+        *,
+        flags: Annotated[PlanFlags, Flat] | None = None,
+        columns: Annotated[columns_class, Flat] | None = None,  # type: ignore[valid-type]
+        options: Annotated[options_class, Flat] | None = None,  # type: ignore[valid-type]
+        config: Annotated[JobConfig, Flat] | None = None,
+        file: Annotated[JobFile, Flat] | None = None,
+    ) -> int:
+        from erniem_batch.job.forecast import forecast, save
+        from erniem_batch.job.view import show_forecast
+
+        job = job_of(config, options or options_class(), columns or columns_class())
+        configure_logging(job.log_format)
+        made = forecast(job, flags or PlanFlags())
+        save(job, made)
+        show_forecast(made, Console(stderr=True))
+        print(made.as_line())
+        return 0
+
+    plan.__doc__ = f"""Tell what `erniem-batch {task}` would do with the same flags.
+
+    Does nothing of it: reads some rows, tries the model, and prints rows, tokens, lengths, scripts,
+    units, time and cost, with warnings; on stdout as one line of JSON. With --output, what is done
+    there already does not count, and the report of the run will say how good the forecast was.
+    """
+    return plan
+
+
+for _task in TASKS:
+    plan_app.command(_plan_command(_task), name=_task)
+
+
+@app.command
+def config_schema(task: str) -> int:
+    """Print the JSON schema of the files that --config of a task takes.
+
+    Args:
+        task: ner, classify, choose, qa, embed or extract.
+    """
+    print(json.dumps(json_schema(task), indent=1, ensure_ascii=False))
+    return 0
 
 
 @app.command
@@ -472,10 +547,30 @@ def _say(error: Exception) -> None:
     )
 
 
-def configure_logging() -> None:
-    """Our own lines on stderr, with time and level."""
+class _JsonLines(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+def configure_logging(log_format: str = "text") -> None:
+    """Our own lines on stderr, with time and level.
+
+    Args:
+        log_format: text or json.
+    """
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s")
+    handler.setFormatter(_JsonLines() if log_format == "json" else text)
     package = logging.getLogger("erniem_batch")
     package.handlers[:] = [handler]
     package.setLevel(logging.INFO)

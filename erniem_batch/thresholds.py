@@ -66,12 +66,12 @@ def _number(value: Any, where: str = "") -> float:
 
 
 def read_thresholds(path: str) -> dict[str, Any]:
-    """The mapping in a JSON or YAML file, local or by URL.
+    """The mapping in a JSON or YAML file, local or by URL; or the mapping itself, as text.
 
     Raises:
         ConfigError: no such file, or not a mapping of this form.
     """
-    data = storage.read(storage.normal(path))
+    data = path.encode() if path.lstrip().startswith("{") else storage.read(storage.normal(path))
     if data is None:
         raise ConfigError(f"--min-score: there is no file {path}")
     try:

@@ -5,10 +5,10 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -18,7 +18,9 @@ from erniem_batch.errors import CheckpointError, DeviceError, StorageError, faul
 from erniem_batch.job.attempts import Attempt
 from erniem_batch.job.chunks import BadRow, Chunk, Place
 from erniem_batch.job.config import JobConfig
+from erniem_batch.job.findings import Findings
 from erniem_batch.job.letters import letters_name, read_letters, write_letters
+from erniem_batch.job.metrics import ActorMetrics
 from erniem_batch.job.read import UnitReader
 from erniem_batch.job.units import Unit
 from erniem_batch.job.watchdog import Watchdog
@@ -26,10 +28,19 @@ from erniem_batch.job.write import Marks, add_predictions, read_marks, write_tab
 from erniem_batch.model.fetch import local_folder, model_digest
 from erniem_batch.predictor import Predictor
 from erniem_batch.records import Failure, Outcome, Prediction, Record
+from erniem_batch.tasks.base import Task
 
 logger = logging.getLogger(__name__)
 
 EXIT_DEVICE = 76
+# Stages of a unit's way, by their names in Counters.seconds and here.
+STAGES = {
+    "read": "read",
+    "encode": "tokenize",
+    "forward": "forward",
+    "decode": "decode",
+    "write": "write",
+}
 COUNTS = ("n_rows", "n_ok", "n_dead", "n_found", "n_tokens", "n_windows", "n_truncated")
 
 
@@ -45,6 +56,7 @@ class Receipt:
         n_bytes: read from storage.
         output_bytes: size of the output file.
         found: whether it was done already.
+        findings: what was found in it, counted, see `Findings`.
     """
 
     unit_id: str
@@ -61,10 +73,13 @@ class Receipt:
     output_bytes: int = 0
     seconds: float = 0.0
     found: bool = False
+    findings: str = ""
 
 
 _ARROW_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
-RECEIPT_SCHEMA = pa.schema([(f.name, _ARROW_TYPES[f.type]) for f in fields(Receipt)])  # type: ignore[index]
+# As it travels; and as the ledger keeps it, with the findings in files of their own.
+SENT_SCHEMA = pa.schema([(f.name, _ARROW_TYPES[f.type]) for f in fields(Receipt)])  # type: ignore[index]
+RECEIPT_SCHEMA = SENT_SCHEMA.remove(SENT_SCHEMA.get_field_index("findings"))
 
 
 def receipt_of_file(output: str, name: str, unit_id: str, fingerprint: str) -> Receipt | None:
@@ -73,7 +88,7 @@ def receipt_of_file(output: str, name: str, unit_id: str, fingerprint: str) -> R
     info = storage.stat(storage.join(output, name)) if marks is not None else None
     if marks is None or info is None or (marks.unit, marks.fingerprint) != (unit_id, fingerprint):
         return None
-    found = Receipt(unit_id, name, output_bytes=info.size, found=True)
+    found = Receipt(unit_id, name, output_bytes=info.size, found=True, findings=marks.findings)
     return replace(found, **marks.counts)  # type: ignore[arg-type]
 
 
@@ -119,6 +134,9 @@ class UnitTagger:
             )
         self._predictor = self.load(replace(config, model=str(folder)))
         self._rows_read = 0
+        self._seconds = {"read": 0.0, "write": 0.0}
+        self._counting = threading.Lock()
+        self._metrics = ActorMetrics(config.task)
         self._turns = _Turns()
         counters = self._predictor.counters
         self._watchdog = Watchdog(
@@ -133,9 +151,21 @@ class UnitTagger:
     def __call__(self, units: pa.Table) -> pa.Table:
         """Receipts of a batch of units."""
         receipts = [asdict(self.tag(Unit.from_row(row))) for row in units.to_pylist()]
+        self._progress.report.remote(self._name, self._figures())
+        return pa.Table.from_pylist(receipts, SENT_SCHEMA)
+
+    def _figures(self) -> dict[str, float]:
+        """What this actor has done so far, for the report of the run."""
         counters = self._predictor.counters
-        self._progress.add_padding.remote(self._name, counters.padded_tokens, counters.real_tokens)
-        return pa.Table.from_pylist(receipts, RECEIPT_SCHEMA)
+        seconds = {**counters.seconds, **self._seconds}
+        return {
+            "padded_tokens": counters.padded_tokens,
+            "real_tokens": counters.real_tokens,
+            "windows": counters.windows,
+            "repeated_windows": counters.repeated_windows,
+            "oom_halvings": counters.oom_halvings,
+            **{f"{STAGES[name]}_seconds": spent for name, spent in seconds.items()},
+        }
 
     def tag(self, unit: Unit) -> Receipt:
         """Writes the unit's output, unless it is there; if it cannot, the receipt says why."""
@@ -173,12 +203,14 @@ class UnitTagger:
             added=config.added_columns,
             text_flag=config.text_flag,
         )
-        tally = _Tally(self._predictor.task.count)
+        tally = _Tally(self._predictor.task)
         n_written, n_bytes = write_tables(
             run.output,
             name,
             self._tables(reader, tally, attempt),
-            lambda: Marks(unit.id, run.fingerprint, _source(unit), tally.counts()),
+            lambda: Marks(
+                unit.id, run.fingerprint, _source(unit), tally.counts(), findings=tally.findings()
+            ),
         )
         if n_written != tally.n_ok:
             raise AssertionError("rows written and rows counted differ")
@@ -188,21 +220,42 @@ class UnitTagger:
             n_bytes=reader.n_bytes,
             output_bytes=n_bytes,
             seconds=time.perf_counter() - started,
+            findings=tally.findings(),
         )
+        self._metrics.unit_done(unit.id, receipt.seconds, reader.n_bytes)
         return replace(receipt, **tally.counts())  # type: ignore[arg-type]
 
     def _tables(self, reader: UnitReader, tally: "_Tally", attempt: Attempt) -> Iterator[pa.Table]:
         unit = reader.unit
-        for chunk in self._chunks(reader, attempt):
+        chunks = self._chunks(reader, attempt)
+        self._progress.add.remote(self._name, unit.id, 0, 0, 0.0)
+        while True:
+            with self._timed("read"):
+                chunk = next(chunks, None)
+            if chunk is None:
+                break
             self._rows_read += len(chunk.texts)
             table = self._tag_chunk(chunk, tally, attempt)
-            self._progress.add.remote(unit.id, tally.n_rows, tally.n_tokens, chunk.share)
-            yield table
+            self._progress.add.remote(
+                self._name, unit.id, tally.n_rows, tally.n_tokens, chunk.share
+            )
+            self._metrics.report(tally.counts(), tally.reasons, self._figures(), unit.id)
+            with self._timed("write"):
+                yield table
         # The dead letters before the data becomes visible.
         if tally.bad:
             write_letters(self._run.output, unit, tally.bad, attempt.number, self._run.model_digest)
         elif attempt.number > 1:  # those of a try that died
             storage.delete([storage.join(self._run.output, letters_name(unit.output))])
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self._counting:
+                self._seconds[stage] += time.perf_counter() - started
 
     def _chunks(self, reader: UnitReader, attempt: Attempt) -> Iterator[Chunk]:
         unit = reader.unit
@@ -215,23 +268,23 @@ class UnitTagger:
         return read_letters(reader, self._run.output) if unit.letters else reader.chunks()
 
     def _tag_chunk(self, chunk: Chunk, tally: "_Tally", attempt: Attempt) -> pa.Table:
-        records = list(_records(chunk))
+        records = chunk.records()
         if attempt.row_by_row:
             outcomes = self._one_by_one(records, tally.n_seen, attempt)
         else:
             outcomes = self._predictor.predict(records)
         tally.n_seen += len(records)
         tally.n_unread += _n_rows(chunk.bad)
-        tally.bad += chunk.bad
+        tally.add_bad(chunk.bad)
         kept, predictions = [], []
         for i, outcome in enumerate(outcomes):
             if isinstance(outcome, Failure):
                 whole = None if chunk.whole is None else chunk.whole.slice(i, 1)
-                tally.bad.append(BadRow(chunk.places[i], outcome, whole))
+                tally.add_bad([BadRow(chunk.places[i], outcome, whole)])
             else:
                 kept.append(i)
                 predictions.append(outcome)
-        tally.add(predictions)
+        tally.add(predictions, [records[i].language for i in kept])
         language = self._predictor.config.detect_language
         rows = _take(chunk.table, kept)
         return add_predictions(rows, predictions, self._predictor.task, language=language)
@@ -248,13 +301,6 @@ class UnitTagger:
             outcomes += self._predictor.predict([record])
         attempt.works_on(None)
         return outcomes
-
-
-def _records(chunk: Chunk) -> Iterator[Record]:
-    nothing: Mapping[str, Any] = MappingProxyType({})
-    for i, (place, text) in enumerate(zip(chunk.places, chunk.texts, strict=True)):
-        fields = {name: values[i] for name, values in chunk.fields.items()} or nothing
-        yield Record(str(place.row), text, fields)
 
 
 def _source(unit: Unit) -> dict[str, Any]:
@@ -299,9 +345,11 @@ class _Turns:
 class _Tally:
     """Counts of a unit while it is worked on."""
 
-    def __init__(self, count: Callable[[Any], int]) -> None:
-        self._count = count
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._findings = Findings()
         self.bad: list[BadRow] = []
+        self.reasons: Counter[tuple[str, str]] = Counter()  # rows by stage and error
         self.n_seen = 0  # rows that could be read
         self.n_unread = 0  # and those that could not
         self.n_ok = self.n_found = self.n_tokens = self.n_windows = self.n_truncated = 0
@@ -320,9 +368,23 @@ class _Tally:
         """What receipts and marks say."""
         return {name: getattr(self, name) for name in COUNTS}
 
-    def add(self, predictions: list[Prediction]) -> None:
+    def findings(self) -> str:
+        """What was found, by label and language; and why rows are dead letters."""
+        return self._findings.as_text()
+
+    def add_bad(self, bad: Sequence[BadRow]) -> None:
+        self.bad += bad
+        for item in bad:
+            n_rows = _n_rows([item])
+            self.reasons[item.failure.stage, item.failure.error] += n_rows
+            self._findings.add_failure(item.failure, n_rows)
+
+    def add(self, predictions: list[Prediction], languages: Sequence[str | None]) -> None:
         self.n_ok += len(predictions)
-        self.n_found += sum(self._count(p.value) for p in predictions)
+        self.n_found += sum(self._task.count(p.value) for p in predictions)
         self.n_tokens += sum(p.n_tokens for p in predictions)
         self.n_windows += sum(p.n_windows for p in predictions)
         self.n_truncated += sum(p.truncated for p in predictions)
+        for prediction, language in zip(predictions, languages, strict=True):
+            labels = self._task.scored_labels(prediction.value)
+            self._findings.add(prediction.language or language, prediction.n_tokens, labels)

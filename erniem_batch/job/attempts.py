@@ -84,6 +84,12 @@ class Attempt:
         storage.write(self.path, json.dumps(asdict(self)).encode())
 
 
+def n_repeated(output: str) -> int:
+    """Units that are being worked on, and have cost a process before."""
+    records = [storage.read(info.path) for info in storage.find(f"{output}/{ATTEMPTS}")]
+    return sum(1 for data in records if data is not None and json.loads(data)["number"] > 1)
+
+
 def forget(output: str) -> None:
     """Removes all records: their processes were stopped, or are long done."""
     storage.delete([info.path for info in storage.find(f"{output}/{ATTEMPTS}")])

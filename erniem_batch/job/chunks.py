@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -10,7 +11,7 @@ import pyarrow as pa
 from erniem_batch.errors import ConfigError
 from erniem_batch.job.units import Unit
 from erniem_batch.options import flag_name
-from erniem_batch.records import Failure
+from erniem_batch.records import Failure, Record
 
 CHUNK_ROWS = 2048
 
@@ -74,6 +75,15 @@ class Chunk:
     share: float = 1.0
     whole: pa.Table | None = None
     fields: dict[str, list[Any]] = field(default_factory=dict)
+
+    def records(self) -> list[Record]:
+        """What the predictor reads of it; ids are numbers of rows."""
+        nothing: Mapping[str, Any] = MappingProxyType({})
+        found = []
+        for i, (place, text) in enumerate(zip(self.places, self.texts, strict=True)):
+            fields = {name: values[i] for name, values in self.fields.items()} or nothing
+            found.append(Record(str(place.row), text, fields))
+        return found
 
 
 def rest_of(

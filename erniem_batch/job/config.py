@@ -73,6 +73,13 @@ class JobConfig:
         unit_timeout: Seconds without progress after which an actor counts as hung and is replaced.
         overwrite: Start anew although there are results with other settings; these stay valid until
             the new ones are complete.
+        compare: Folder or URL of an earlier run to compare with: what was found, in which shares,
+            with which scores; --output itself compares what this run adds with what was there.
+        fail_on_drift: End with exit code 5 and without _SUCCESS if what was found has drifted away
+            from the run of --compare.
+        drift_threshold: Jensen-Shannon distance of two distributions above which it has, 0 to 1.
+        report_samples: Rows to show in report.html, with their text.
+        log_format: Of the lines on stderr: text, or json for those who collect logs.
         detect_language: Find out the language of each text, for thresholds by language, and add it
             as a column (pip install 'erniem-batch[lang]').
         options: Of the task, and by their class which task it is.
@@ -103,6 +110,11 @@ class JobConfig:
     max_dead_letters: str = "0"
     unit_timeout: float | None = 1800.0
     overwrite: bool = False
+    compare: Annotated[str | None, Parameter(negative=())] = None
+    fail_on_drift: Annotated[bool, Parameter(negative=())] = False
+    drift_threshold: float = 0.1
+    report_samples: int = 0
+    log_format: Literal["text", "json"] = "text"
     detect_language: Annotated[bool, Parameter(negative=())] = False
     options: Annotated[Options, Parameter(parse=False)] = field(default_factory=NerOptions)
     text_column: Annotated[str, Parameter(parse=False)] = "text"
@@ -136,6 +148,14 @@ class JobConfig:
         zero_shot = isinstance(self.options, ClassifyOptions) and self.options.labels
         if zero_shot and "text_pair" in self.fields:
             raise ConfigError("--text-pair-column does not go with --candidate-labels (zero-shot)")
+        if self.fail_on_drift and self.compare is None:
+            raise ConfigError("--fail-on-drift needs --compare: with which run?")
+        if not 0 < self.drift_threshold <= 1:
+            raise ConfigError(
+                f"--drift-threshold must be more than 0 and at most 1, got {self.drift_threshold}"
+            )
+        if self.report_samples < 0:
+            raise ConfigError(f"--report-samples must be at least 0, got {self.report_samples}")
         if self.detect_language:
             require_detector()
         if self.unit_timeout is not None and self.unit_timeout <= 0:

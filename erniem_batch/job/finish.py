@@ -1,6 +1,6 @@
 """The end of a run: does it add up? Then it is published, and what it replaces goes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pyarrow as pa
 
@@ -21,8 +21,13 @@ def finish(
     state: State,
     report: RunReport,
     lease: Lease,
+    write_report: Callable[[], None],
 ) -> None:
-    """Publishes a complete run: first the manifest, then old files go, last the word."""
+    """Publishes a complete run: first the manifest, then old files go, last the word.
+
+    Args:
+        write_report: called when the files stand, before the word.
+    """
     if not report.n_missing:
         verify(state)
         lease.check()
@@ -33,7 +38,7 @@ def finish(
         storage.delete(_superseded(folder, info, plan, manifest, gone))
         folder.forget_older(info.generation)
         attempts.forget(folder.output)
-    folder.write_report(report.as_line())
+    write_report()
     if not report.exit_code:
         mark_success(folder.output, manifest)
 

@@ -109,6 +109,12 @@ class Lease:
             except StorageError as error:
                 logger.warning("the lease was not released, it will run out: %s", error)
 
+    @staticmethod
+    def look(output: str) -> tuple[Holder | None, str]:
+        """Who writes, or wrote last, and a word that changes with every sign of life."""
+        there = storage.read_versioned(f"{output}/_run/lease.json")
+        return (None, "") if there is None else (Holder(**json.loads(there[0])), there[1])
+
     def _held(self, **changes: object) -> Holder:
         values = asdict(self.holder) | changes
         self.holder = Holder(**values)
@@ -117,7 +123,7 @@ class Lease:
     def _require_free(self, data: bytes, version: str) -> None:
         holder = Holder(**json.loads(data))
         self.last_ended = holder.released
-        if holder.released or _is_dead(holder):
+        if holder.released or is_dead(holder):
             return
         logger.info("another run seems to be writing into %s, waiting for its sign", self.output)
         deadline = time.monotonic() + STALE_S
@@ -160,7 +166,7 @@ def _machine() -> str:
         return uuid.uuid4().hex
 
 
-def _is_dead(holder: Holder) -> bool:
+def is_dead(holder: Holder) -> bool:
     """Whether the owner's process is known to be gone; where that cannot be known, time tells."""
     if holder.machine != _machine():
         return False

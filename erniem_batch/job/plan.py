@@ -20,6 +20,7 @@ from erniem_batch.job.rundir import (
     changed_files,
     current_units,
     encode_schema,
+    with_edition,
 )
 from erniem_batch.job.settings import differences, fingerprint, settings_of, versions
 from erniem_batch.job.units import (
@@ -41,10 +42,23 @@ logger = logging.getLogger(__name__)
 def open_run(
     folder: RunFolder, config: JobConfig, found: pa.Table | None, model: Path, digest: str
 ) -> RunInfo:
-    """The run to go on with, or a new one.
+    """The run to go on with, or a new one, which is written down.
 
     Raises:
         ConfigError: the folder holds results of other settings.
+    """
+    info = run_info(folder, config, found, model, digest)
+    if info != folder.read_info():
+        folder.write_info(info)
+    return info
+
+
+def run_info(
+    folder: RunFolder, config: JobConfig, found: pa.Table | None, model: Path, digest: str
+) -> RunInfo:
+    """The same, with nothing written.
+
+    Raises: as open_run.
     """
     predictor = config.predictor
     model_config = ErnieMConfig.from_pretrained(model)
@@ -74,7 +88,7 @@ def open_run(
         added=config.added_columns,
         text_flag=config.text_flag,
     )
-    info = RunInfo(
+    return RunInfo(
         generation=generation,
         fingerprint=fingerprint(settings),
         settings=settings,
@@ -82,14 +96,21 @@ def open_run(
         job={**asdict(config), "task": config.task},
         versions=versions(),
     )
-    folder.write_info(info)
-    return info
 
 
 def plan_run(
-    folder: RunFolder, config: JobConfig, info: RunInfo, found: pa.Table | None
+    folder: RunFolder,
+    config: JobConfig,
+    info: RunInfo,
+    found: pa.Table | None,
+    *,
+    dry: bool = False,
 ) -> pa.Table:
-    """The plan, with what is new: files, or without files the dead letters to work on again."""
+    """The plan, with what is new: files, or without files the dead letters to work on again.
+
+    Args:
+        dry: what is new is not written down.
+    """
     plan = folder.read_plan(info.generation)
     edition = folder.next_edition()
     if found is None:
@@ -100,6 +121,8 @@ def plan_run(
         units = _new_units(folder, config, info, found, plan, edition)
     if not len(units):
         return plan
+    if dry:
+        return pa.concat_tables([plan, with_edition(units, edition)])
     return pa.concat_tables([plan, folder.add_to_plan(info.generation, edition, units)])
 
 

@@ -4,6 +4,7 @@ import logging
 import sys
 import threading
 import time
+from collections import Counter
 from typing import Any, Self
 
 import pyarrow as pa
@@ -18,6 +19,7 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 
 from erniem_batch.job.actor import Receipt
+from erniem_batch.job.metrics import DriverMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +32,10 @@ class ProgressCounter:
 
     def __init__(self) -> None:
         self._units: dict[str, tuple[int, int, float]] = {}
-        self._padding: dict[str, tuple[int, int]] = {}
+        self._at_work: dict[str, str] = {}
+        self._figures: dict[str, dict[str, float]] = {}
 
-    def add(self, unit_id: str, n_rows: int, n_tokens: int, share: float) -> None:
+    def add(self, actor: str, unit_id: str, n_rows: int, n_tokens: int, share: float) -> None:
         """How far a unit is; a unit begun again begins at zero.
 
         Args:
@@ -40,19 +43,24 @@ class ProgressCounter:
             share: of the unit's bytes, 0 to 1.
         """
         self._units[unit_id] = (n_rows, n_tokens, share)
+        self._at_work[unit_id] = actor
+        if share >= 1:
+            del self._at_work[unit_id]
 
-    def add_padding(self, actor: str, padded: int, real: int) -> None:
-        """Tokens that the model of an actor has seen so far."""
-        self._padding[actor] = (padded, real)
+    def report(self, actor: str, figures: dict[str, float]) -> None:
+        """What an actor has done so far, by name."""
+        self._figures[actor] = figures
 
-    def units(self) -> dict[str, tuple[int, int, float]]:
-        """Rows, tokens and share of each unit begun."""
-        return self._units
+    def units(self) -> tuple[dict[str, tuple[int, int, float]], int]:
+        """Rows, tokens and share of each unit begun, and the number of actors at work."""
+        return self._units, len(set(self._at_work.values()))
 
-    def padding(self) -> tuple[int, int]:
-        """Padded and real tokens of all actors."""
-        sums = [sum(column) for column in zip(*self._padding.values(), strict=True)] or [0, 0]
-        return sums[0], sums[1]
+    def figures(self) -> dict[str, float]:
+        """Those of all actors, added up."""
+        sums: Counter[str] = Counter()
+        for figures in self._figures.values():
+            sums.update(figures)
+        return dict(sums)
 
 
 def start_counter() -> Any:
@@ -64,26 +72,49 @@ def start_counter() -> Any:
     return ray.remote(num_cpus=0, scheduling_strategy=here)(ProgressCounter).remote()
 
 
-def read_padding(counter: Any) -> tuple[int, int]:
-    """Padded and real tokens of all actors; zeros if nobody can say any more."""
+def read_figures(counter: Any) -> dict[str, float]:
+    """What all actors have done; nothing if nobody can say any more."""
     import ray
 
     try:
-        padded, real = ray.get(counter.padding.remote(), timeout=30)
+        figures: dict[str, float] = ray.get(counter.figures.remote(), timeout=30)
     except ray.exceptions.RayError:
-        return 0, 0
-    return padded, real
+        return {}
+    return figures
+
+
+class Timeline:
+    """Tokens and actors over time, in at most so many points: when there are more, every second
+    one goes, and those to come are twice as far apart.
+    """
+
+    MOST_POINTS = 400
+
+    def __init__(self) -> None:
+        self.points: list[tuple[float, int, int]] = []  # seconds, tokens so far, actors
+        self._step = 1.0
+
+    def add(self, seconds: float, n_tokens: int, n_actors: int) -> None:
+        """Takes note, unless the last point is too near."""
+        if self.points and seconds - self.points[-1][0] < self._step:
+            return
+        self.points.append((round(seconds, 1), n_tokens, n_actors))
+        if len(self.points) > self.MOST_POINTS:
+            self.points, self._step = self.points[::2], 2 * self._step
 
 
 class Progress:
     """Shows the counts of a ProgressCounter while the `with` block runs."""
 
-    def __init__(self, units: pa.Table, counter: Any) -> None:
+    def __init__(self, units: pa.Table, counter: Any, metrics: DriverMetrics) -> None:
         sizes = (max(size, 1) for size in units["n_bytes"].to_pylist())
         self._bytes = dict(zip(units["id"].to_pylist(), sizes, strict=True))
         self._n_units = len(units)
         self._counter = counter
+        self._metrics = metrics
+        self.timeline = Timeline()
         self._finished = 0
+        self._failed = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._started = time.monotonic()
@@ -122,6 +153,7 @@ class Progress:
         """Takes note of a unit that is done; a failed one is told at once."""
         self._finished += 1
         if receipt.error:
+            self._failed += 1
             logger.error("unit failed output=%s error=%s", receipt.output, receipt.error)
 
     def _watch(self) -> None:
@@ -130,28 +162,37 @@ class Progress:
         logged = time.monotonic()
         while not self._stop.wait(ASK_EVERY_S):
             try:
-                units = ray.get(self._counter.units.remote(), timeout=5)
+                units, n_actors = ray.get(self._counter.units.remote(), timeout=5)
             except ray.exceptions.RayError:
                 continue  # only the display waits
             n_rows = sum(rows for rows, _, _ in units.values())
             n_tokens = sum(tokens for _, tokens, _ in units.values())
             done = sum(self._bytes.get(unit, 0) * share for unit, (_, _, share) in units.items())
-            rate = n_tokens / max(time.monotonic() - self._started, 1e-9)
+            seconds = time.monotonic() - self._started
+            share = done / sum(self._bytes.values())
+            left = seconds * (1 - share) / share if share else 0.0
+            self.timeline.add(seconds, n_tokens, n_actors)
             if self._bars is not None:
+                rate = n_tokens / max(seconds, 1e-9)
                 counts = (
                     f"{n_rows:,} rows  {rate:,.0f} tokens/s" if n_rows else "starting the model"
                 )
                 self._bars.update(self._task, completed=done, counts=counts)
-            elif time.monotonic() - logged > LOG_EVERY_S:
+            if time.monotonic() - logged > LOG_EVERY_S:
                 logged = time.monotonic()
-                share = done / sum(self._bytes.values())
-                left = (logged - self._started) * (1 - share) / share if share else 0
-                logger.info(
-                    "progress units=%d/%d rows=%d tokens_per_s=%.0f done=%.1f%% eta_s=%.0f",
-                    self._finished,
-                    self._n_units,
-                    n_rows,
-                    rate,
-                    100 * share,
-                    left,
-                )
+                self._log(n_rows, n_tokens / seconds, share, left, n_actors)
+
+    def _log(self, n_rows: int, rate: float, share: float, left: float, n_actors: int) -> None:
+        n_done = self._finished - self._failed
+        self._metrics.report(n_done, self._failed, self._n_units, n_actors, share, left)
+        if self._bars is None:
+            logger.info(
+                "progress units=%d/%d rows=%d tokens_per_s=%.0f actors=%d done=%.1f%% eta_s=%.0f",
+                self._finished,
+                self._n_units,
+                n_rows,
+                rate,
+                n_actors,
+                100 * share,
+                left,
+            )

@@ -16,6 +16,7 @@ from erniem_batch.job.rundir import RunInfo, State
 COMPLETE = 0
 INCOMPLETE = 3
 TOO_MANY_DEAD = 4
+DRIFTED = 5
 SHOWN = 5
 
 
@@ -30,7 +31,9 @@ class RunReport:
         noun: what n_found counts.
         n_removed_inputs: files that were tagged once and are no longer in the input.
         n_bytes_read: by the actors, from storage.
-        n_tokens_now, padding_share, seconds, working_seconds: of this run.
+        n_rows_now, n_tokens_now, padding_share, seconds, working_seconds: of this run.
+        drifted: which distributions have moved away from the run of --compare.
+        fail_on_drift: whether that is an error.
     """
 
     output: str
@@ -48,11 +51,14 @@ class RunReport:
     n_windows: int = 0
     n_truncated: int = 0
     n_removed_inputs: int = 0
+    n_rows_now: int = 0
     n_tokens_now: int = 0
     n_bytes_read: int = 0
     padding_share: float = 0.0
     seconds: float = 0.0
     working_seconds: float = 0.0
+    drifted: tuple[str, ...] = ()
+    fail_on_drift: bool = False
     fingerprint: str = ""
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -63,10 +69,13 @@ class RunReport:
 
     @property
     def exit_code(self) -> int:
-        """0 complete; 3 units are missing; 4 complete, but too many rows are dead letters."""
+        """0 complete; 3 units are missing; 4 complete, but too many rows are dead letters; 5
+        complete, but what was found has drifted, and that is not allowed."""
         if self.n_missing:
             return INCOMPLETE
-        return TOO_MANY_DEAD if self.n_dead > self.n_dead_allowed else COMPLETE
+        if self.n_dead > self.n_dead_allowed:
+            return TOO_MANY_DEAD
+        return DRIFTED if self.fail_on_drift and self.drifted else COMPLETE
 
     def as_line(self) -> str:
         """One line of JSON, for machines."""
@@ -126,6 +135,13 @@ def _entries(names: Sequence[str], rows: pa.ChunkedArray, sizes: pa.ChunkedArray
         Entry(name, n_rows, n_bytes)
         for name, n_rows, n_bytes in zip(names, rows.to_pylist(), sizes.to_pylist(), strict=True)
     ]
+
+
+def retired_units(done: pa.Table) -> pa.Array:
+    """Ids of units whose dead letters a replay has taken over."""
+    standing = _standing(done)["unit_id"].combine_chunks()
+    ids = done["unit_id"].combine_chunks()
+    return ids.filter(pc.invert(pc.is_in(ids, value_set=standing)))
 
 
 def _standing(done: pa.Table) -> pa.Table:

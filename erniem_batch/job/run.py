@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,17 @@ from erniem_batch.job import attempts
 from erniem_batch.job.actor import Assignment, Receipt
 from erniem_batch.job.cluster import alive_nodes, check_room, cluster_pool, connect, local_pool
 from erniem_batch.job.config import JobConfig
+from erniem_batch.job.details import Comparison, details, files_with_rows, forecast_of
 from erniem_batch.job.finish import finish
 from erniem_batch.job.lease import ENDED, FAILED, STOPPED, Lease
 from erniem_batch.job.manifest import (
     read_manifest,
     unmark_success,
 )
+from erniem_batch.job.metrics import DriverMetrics
+from erniem_batch.job.page import page
 from erniem_batch.job.plan import open_run, plan_run
-from erniem_batch.job.progress import Progress, read_padding, start_counter
+from erniem_batch.job.progress import Progress, read_figures, start_counter
 from erniem_batch.job.report import RunReport, totals
 from erniem_batch.job.rundir import (
     LedgerWriter,
@@ -40,6 +43,7 @@ from erniem_batch.job.rundir import (
     current_units,
     removed_files,
 )
+from erniem_batch.job.samples import samples
 from erniem_batch.job.settings import FOUND, versions
 from erniem_batch.job.stream import stream
 from erniem_batch.job.units import (
@@ -67,7 +71,14 @@ class Work:
 
     receipts: list[Receipt]
     seconds: float = 0.0
-    padding_share: float = 0.0
+    figures: dict[str, float] = field(default_factory=dict)
+    timeline: list[tuple[float, int, int]] = field(default_factory=list)
+
+    @property
+    def padding_share(self) -> float:
+        """Share of computed tokens that were padding."""
+        padded = self.figures.get("padded_tokens", 0)
+        return 1 - self.figures["real_tokens"] / padded if padded else 0.0
 
 
 def run_job(config: JobConfig, on_receipt: OnReceipt | None = None) -> RunReport:
@@ -133,6 +144,7 @@ def _go_on(
     started = time.monotonic()
     folder = RunFolder(lease.output)
     with _preflight():
+        comparison = Comparison.of(config, folder)
         if lease.last_ended == STOPPED:
             attempts.forget(folder.output)
         info = open_run(folder, config, found, model, digest)
@@ -143,6 +155,8 @@ def _go_on(
         removed = removed_files(found, units) if found is not None else []
         del found  # as large as the plan
         state = folder.assess(units, info)
+        forecast = forecast_of(folder, info, len(state.todo))
+        there = state.done["unit_id"].combine_chunks()
     logger.info("units=%d done=%d", len(units), len(state.done))
     work = Work([])
     if len(state.todo):
@@ -165,8 +179,18 @@ def _go_on(
         )
         work = tag_units(folder, info, state.todo, assignment, lease, on_receipt)
         state = folder.assess(units, info)
-    report = make_report(config, info, folder.output, state, work, removed, started)
-    finish(folder, info, plan, state, report, lease)
+    comparison = comparison.made(folder, info, state, there)
+    report = make_report(config, info, folder.output, state, work, removed, comparison, started)
+
+    def write_report() -> None:
+        values = details(
+            config, info, state, report, comparison, work.figures, work.timeline, forecast
+        )
+        files = files_with_rows(state)
+        shown = samples(config, folder.output, files, config.report_samples)
+        folder.write_report(values, page(values, shown))
+
+    finish(folder, info, plan, state, report, lease, write_report)
     return report
 
 
@@ -255,7 +279,8 @@ def tag_units(
         working = time.monotonic()
         counter = start_counter()
         assignment = replace(assignment, n_threads=pool.cpus)
-        with Progress(units, counter) as progress:
+        metrics = DriverMetrics(config.task, folder.output)
+        with Progress(units, counter, metrics) as progress:
             for receipt in stream(units, assignment, pool, counter):
                 lease.check()
                 progress.finished(receipt)
@@ -264,7 +289,7 @@ def tag_units(
                     ledger.add(receipt)
                 if on_receipt is not None:
                     on_receipt(receipt)
-        padded, real = read_padding(counter)
+        figures = read_figures(counter)
     except Stopped:
         own_cluster = False  # it ends with this process; in good order that takes seconds
         raise
@@ -273,7 +298,7 @@ def tag_units(
         if own_cluster:
             ray.shutdown()
     seconds = time.monotonic() - working
-    return Work(receipts, seconds, 1 - real / padded if padded else 0.0)
+    return Work(receipts, seconds, figures, progress.timeline.points)
 
 
 # ---- after the work ---------------------------------------------------------------------------
@@ -286,6 +311,7 @@ def make_report(
     state: State,
     work: Work,
     removed: list[str],
+    comparison: Comparison,
     started: float,
 ) -> RunReport:
     """Sums over the folder and over this run."""
@@ -302,11 +328,14 @@ def make_report(
         n_missing=len(state.todo),
         n_dead_allowed=count if count is not None else (share or 0.0) * sums["n_rows"],
         n_removed_inputs=len(removed),
+        n_rows_now=sum(receipt.n_rows for receipt in work.receipts),
         n_tokens_now=sum(receipt.n_tokens for receipt in work.receipts),
         n_bytes_read=sum(receipt.n_bytes for receipt in work.receipts),
         padding_share=round(work.padding_share, 4),
         seconds=round(time.monotonic() - started, 2),
         working_seconds=round(work.seconds, 2),
+        drifted=tuple(str(shift) for shift in comparison.shifts if shift.drifted),
+        fail_on_drift=config.fail_on_drift,
         fingerprint=info.fingerprint,
         versions=versions(),
         **sums,

@@ -7,14 +7,15 @@ a file that the ledger does not know is opened, a file that is gone is made agai
     run.json                    settings and versions of this generation
     plan/001-00001.parquet      units, one file for each time that there was something to plan
     ledger/001-….parquet        receipts
-    lease.json, attempts/, sidecars/, report.json
+    findings/001-….parquet      what their units found, counted; for the report
+    lease.json, attempts/, sidecars/, forecast.json, report.json, report.html
 """
 
 import base64
 import json
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -24,10 +25,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from erniem_batch import storage
 from erniem_batch.errors import ConfigError
 from erniem_batch.job.actor import RECEIPT_SCHEMA, Receipt, receipt_of_file
+from erniem_batch.job.findings import LETTER, SUM_SCHEMA, findings_table, summed
+from erniem_batch.job.findings import UNIT_SCHEMA as FINDINGS_SCHEMA
 from erniem_batch.job.units import BATCH, UNIT_SCHEMA
 from erniem_batch.storage import FileInfo
 
@@ -103,8 +107,26 @@ class RunFolder:
         text = json.dumps(asdict(info), indent=1, default=str)
         storage.write(f"{self._folder}/run.json", text.encode())
 
-    def write_report(self, line: str) -> None:
-        storage.write(f"{self._folder}/report.json", line.encode() + b"\n")
+    # ---- forecast and report ------------------------------------------------------------------
+
+    def read_forecast(self) -> dict[str, Any] | None:
+        """What `plan` has said of a run into this folder."""
+        return self._read_json("forecast.json")
+
+    def write_forecast(self, values: Mapping[str, Any]) -> None:
+        storage.write(f"{self._folder}/forecast.json", json.dumps(values).encode() + b"\n")
+
+    def read_report(self) -> dict[str, Any] | None:
+        return self._read_json("report.json")
+
+    def write_report(self, values: Mapping[str, Any], page: str) -> None:
+        """report.json, and the same for people."""
+        storage.write(f"{self._folder}/report.html", page.encode())
+        storage.write(f"{self._folder}/report.json", json.dumps(values).encode() + b"\n")
+
+    def _read_json(self, name: str) -> dict[str, Any] | None:
+        data = storage.read(f"{self._folder}/{name}")
+        return None if data is None else json.loads(data)
 
     # ---- plan ---------------------------------------------------------------------------------
 
@@ -118,7 +140,7 @@ class RunFolder:
         return 1 + max((int(name.removesuffix(".parquet")) for name in names), default=0)
 
     def add_to_plan(self, generation: int, edition: int, units: pa.Table) -> pa.Table:
-        table = units.append_column("edition", pa.array([edition] * len(units), pa.int64()))
+        table = with_edition(units, edition)
         storage.write_table(f"{self._folder}/plan/{generation:03d}-{edition:05d}.parquet", table)
         return table
 
@@ -129,7 +151,7 @@ class RunFolder:
 
     def forget_older(self, generation: int) -> None:
         """Removes plan and ledger of generations of which nothing is left."""
-        for kind in ("plan", "ledger"):
+        for kind in ("plan", "ledger", "findings"):
             storage.delete(self._older(kind, generation))
 
     # ---- ledger -------------------------------------------------------------------------------
@@ -147,9 +169,53 @@ class RunFolder:
         return table if len(last) == len(table) else table.take(last)
 
     def add_to_ledger(self, generation: int, receipts: pa.Table) -> None:
+        storage.write_table(self._new_segment("ledger", generation), receipts)
+
+    def add_receipts(self, generation: int, receipts: Sequence[Receipt]) -> None:
+        """Remembers units that are done, and what they found.
+
+        The findings first: a unit that the ledger does not know brings them again.
+        """
+        findings = findings_table((r.unit_id, r.findings) for r in receipts)
+        if len(findings):
+            storage.write_table(self._new_segment("findings", generation), findings)
+        rows = [asdict(receipt) for receipt in receipts]
+        self.add_to_ledger(generation, pa.Table.from_pylist(rows, RECEIPT_SCHEMA))
+
+    def read_findings(self, generation: int, unit_ids: pa.Array, retired: pa.Array) -> pa.Table:
+        """What some units found, summed up: a table of SUM_SCHEMA.
+
+        Args:
+            retired: ids of those whose dead letters do not count any more.
+        """
+        paths = self._segments("findings", generation)
+        if len(paths) > LEDGER_SEGMENTS:
+            paths = [self._merge_findings(generation, paths)]
+        total = SUM_SCHEMA.empty_table()
+        for batch in _newest_of_each_unit(paths):
+            gone = pc.and_(
+                pc.equal(batch["kind"], LETTER), pc.is_in(batch["unit_id"], value_set=retired)
+            )
+            mine = pc.and_not(pc.is_in(batch["unit_id"], value_set=unit_ids), gone)
+            total = summed([total, batch.filter(mine)])
+        return total
+
+    def _merge_findings(self, generation: int, paths: Sequence[str]) -> str:
+        """Many segments as one, without holding them all."""
+        merged = self._new_segment("findings", generation)
+        with (
+            storage.new_file(merged) as file,
+            pq.ParquetWriter(file, FINDINGS_SCHEMA, compression="zstd") as writer,
+        ):
+            for batch in _newest_of_each_unit(paths):
+                writer.write_table(batch)
+        storage.delete(paths)
+        return merged
+
+    def _new_segment(self, kind: str, generation: int) -> str:
         # Names sort by time; the random part keeps two writers from meeting.
         name = f"{generation:03d}-{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
-        storage.write_table(f"{self._folder}/ledger/{name}.parquet", receipts)
+        return f"{self._folder}/{kind}/{name}.parquet"
 
     def _segments(self, kind: str, generation: int) -> list[str]:
         return sorted(path for path in self._list(kind) if _generation(path) == generation)
@@ -164,14 +230,39 @@ class RunFolder:
             if info.path.endswith(".parquet") and "/." not in info.path:
                 yield info.path
 
+    def last_receipts(self, generation: int, seconds: float) -> tuple[pa.Table, float]:
+        """Receipts of the last while that something was written down, and how long that was.
+
+        Args:
+            seconds: how long it is at most.
+        """
+        paths = self._segments("ledger", generation)
+        times = [_written(path) for path in paths]
+        recent = [p for p, t in zip(paths, times, strict=True) if t > times[-1] - seconds]
+        if len(recent) < 2:
+            return RECEIPT_SCHEMA.empty_table(), 0.0
+        # The first of them began it: its units are older.
+        return _concat(recent[1:], RECEIPT_SCHEMA), times[-1] - _written(recent[0])
+
     # ---- what is done -------------------------------------------------------------------------
 
     def listing(self) -> pa.Table:
         """Names and sizes of all data files in the output folder."""
         return listing_table(self.output, storage.find(self.output))
 
-    def assess(self, units: pa.Table, info: RunInfo, listing: pa.Table | None = None) -> State:
-        """Which units are done, by the ledger, one listing, and a look into unknown files."""
+    def assess(
+        self,
+        units: pa.Table,
+        info: RunInfo,
+        listing: pa.Table | None = None,
+        *,
+        dry: bool = False,
+    ) -> State:
+        """Which units are done, by the ledger, one listing, and a look into unknown files.
+
+        Args:
+            dry: what was found in these is not written down.
+        """
         listing = self.listing() if listing is None else listing
         ledger = self.read_ledger(info.generation)
         suffix = pa.scalar(info.settings["output-format"])
@@ -184,9 +275,10 @@ class RunFolder:
             pc.equal(ledger["output_bytes"].combine_chunks().take(receipt), size),
         ).fill_null(False)
         unknown = pc.and_not(there, known)
-        found, found_mask = self._look_into(files, _flat(units["id"]), unknown, info)
-        if len(found):
-            self.add_to_ledger(info.generation, found)
+        receipts, found_mask = self._look_into(files, _flat(units["id"]), unknown, info)
+        if receipts and not dry:
+            self.add_receipts(info.generation, receipts)
+        found = pa.Table.from_pylist([asdict(r) for r in receipts], RECEIPT_SCHEMA)
         is_done = pc.or_(known, found_mask)
         done = pa.concat_tables([ledger.take(receipt.filter(known)), found])
         place = np.flatnonzero(known), np.flatnonzero(found_mask)
@@ -199,7 +291,7 @@ class RunFolder:
 
     def _look_into(
         self, files: pa.Array, ids: pa.Array, unknown: pa.Array, info: RunInfo
-    ) -> tuple[pa.Table, pa.Array]:
+    ) -> tuple[list[Receipt], pa.Array]:
         """Receipts of files that the ledger does not know, from what they say of themselves.
 
         Returns:
@@ -217,8 +309,18 @@ class RunFolder:
             for place, receipt in zip(places, pool.map(look, places), strict=True):
                 if receipt is not None:
                     mask[place] = True
-                    receipts.append(asdict(receipt))
-        return pa.Table.from_pylist(receipts, RECEIPT_SCHEMA), pa.array(mask)
+                    receipts.append(receipt)
+        return receipts, pa.array(mask)
+
+
+def _written(path: str) -> float:
+    """When a segment was written, in seconds since 1970, from its name."""
+    return int(path.rpartition("/")[2].split("-")[1]) / 1e9
+
+
+def with_edition(units: pa.Table, edition: int) -> pa.Table:
+    """Units as a segment of the plan."""
+    return units.append_column("edition", pa.array([edition] * len(units), pa.int64()))
 
 
 def _generation(path: str) -> int:
@@ -294,7 +396,7 @@ class LedgerWriter:
     """Collects receipts and writes them down every few seconds."""
 
     def __init__(self, folder: RunFolder, generation: int) -> None:
-        self._write = partial(folder.add_to_ledger, generation)
+        self._write = partial(folder.add_receipts, generation)
         self._receipts: list[Receipt] = []
         self._written = time.monotonic()
 
@@ -307,9 +409,21 @@ class LedgerWriter:
     def flush(self) -> None:
         receipts, self._receipts = self._receipts, []
         if receipts:
-            rows = [asdict(receipt) for receipt in receipts]
-            self._write(pa.Table.from_pylist(rows, RECEIPT_SCHEMA))
+            self._write(receipts)
         self._written = time.monotonic()
+
+
+def _newest_of_each_unit(paths: Sequence[str]) -> Iterator[pa.Table]:
+    """Rows of segments, in pieces; of a unit that several tell of, those of the newest."""
+    told = pa.array([], pa.string())
+    for path in sorted(paths, reverse=True):
+        units: list[pa.Array] = [told]
+        with storage.InputFile(path) as source:
+            for batch in pq.ParquetFile(pa.PythonFile(source, mode="r")).iter_batches():
+                table = pa.Table.from_batches([batch])
+                units.append(table["unit_id"].unique())
+                yield table.filter(pc.invert(pc.is_in(table["unit_id"], value_set=told)))
+        told = pa.chunked_array(units).unique()
 
 
 def _concat(paths: Sequence[str], schema: pa.Schema) -> pa.Table:

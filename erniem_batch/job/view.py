@@ -1,14 +1,20 @@
 """Results as people like to see them on a terminal: the first rows of each finished file."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 from rich.text import Text
 
 from erniem_batch import storage
 from erniem_batch.job.actor import Receipt
 from erniem_batch.job.config import JobConfig
+
+if TYPE_CHECKING:
+    from erniem_batch.job.forecast import Forecast
+    from erniem_batch.job.status import Status
 
 SHOWN_ROWS = 6
 SHOWN_CHARACTERS = 220
@@ -146,3 +152,111 @@ def _short(text: str) -> str:
 
 def _flat(text: str) -> str:
     return "".join(" " if char.isspace() else char for char in text)
+
+
+# ---- a forecast -------------------------------------------------------------------------------
+
+BAR = 30  # characters
+
+
+def show_forecast(made: "Forecast", console: Console) -> None:
+    """What `plan` found, as tables."""
+    figures = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in _figures(made):
+        figures.add_row(f"[bold]{name:>16}[/]", value)
+    console.print(figures)
+    for title, shares in (
+        ("tokens of a text", _length_shares(made)),
+        ("scripts", made.scripts),
+        ("languages", made.languages),
+        ("dead letters", _of_rows(made)),
+    ):
+        if shares:
+            console.print(_bars(title, shares))
+    for warning in made.warnings:
+        console.print(f"[bold yellow]warning:[/] {escape(warning)}", soft_wrap=True)
+
+
+def _figures(made: "Forecast") -> Iterator[tuple[str, str]]:
+    if made.units_done:
+        yield "done already", f"{made.units_done:,} units"
+    yield "files", f"{made.files:,} with {_bytes(made.bytes)} of text"
+    yield "units", f"{made.units:,}"
+    yield "rows", f"{made.rows:,}{_error(made.rows_error)}"
+    yield "tokens", f"{made.tokens:,}{_error(made.tokens_error)}"
+    padding = f"{made.padding_share:.1%} padding" if made.padding_share else "no padding"
+    yield "windows", f"{made.windows:,}, {made.distinct_share:.1%} of them distinct; {padding}"
+    yield "sample", f"{made.sample_rows:,} rows"
+    yield "token budget", f"{made.max_batch_tokens:,} tokens a pass, on this machine"
+    parts = f"{made.cpus_per_actor} CPUs"
+    if made.gpus_per_actor:
+        parts += f" and {made.gpus_per_actor:g} GPUs"
+    yield "actors", f"{made.actors:,} of {parts}"
+    if made.tokens_per_s is not None and made.seconds is not None:
+        yield "speed", f"{made.tokens_per_s:,.0f} tokens/s of an actor"
+        yield "time", f"{_duration(made.seconds)} ({made.start_seconds:.0f} s of it to start)"
+    if made.cost is not None:
+        yield "cost", f"{made.cost:,.2f}"
+
+
+def _error(share: float) -> str:
+    return f" ± {share:.1%}" if share else " (exact)"
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def _length_shares(made: "Forecast") -> dict[str, float]:
+    total = sum(item["rows"] for item in made.lengths)
+    return {f"{item['from']:,} to {item['to']:,}": item["rows"] / total for item in made.lengths}
+
+
+def _of_rows(made: "Forecast") -> dict[str, float]:
+    return {name: n / made.sample_rows for name, n in made.dead_letters.items()}
+
+
+def _bars(title: str, shares: Mapping[str, float]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False, box=None)
+    largest = max(shares.values())
+    for name, share in shares.items():
+        bar = "█" * round(BAR * share / largest) or ("▏" if share else "")
+        table.add_row(f"{escape(name):>16}", f"[cyan]{bar}[/]", f"{share:.1%}")
+    return table
+
+
+# ---- how far ----------------------------------------------------------------------------------
+
+
+def show_status(found: "Status", console: Console) -> None:
+    """A run in a few lines."""
+    bar = round(BAR * found.done_share)
+    console.print(f"[bold]{found.task}[/] into {escape(found.output)} {found.words}")
+    console.print(f"[cyan]{'█' * bar}[/][dim]{'░' * (BAR - bar)}[/] {found.done_share:.1%}")
+    rows = [
+        ("units", f"{found.units_done:,} of {found.units:,}"),
+        ("rows out", f"{found.n_ok:,}"),
+        ("dead letters", f"{found.n_dead:,}"),
+        ("tokens", f"{found.n_tokens:,}"),
+    ]
+    if found.tokens_per_s is not None:
+        rows.append(("speed", f"{found.tokens_per_s:,.0f} tokens/s"))
+    if found.eta_seconds is not None:
+        rows.append(("left", _duration(found.eta_seconds)))
+    if found.n_repeated:
+        rows.append(("tried again", f"{found.n_repeated:,} units that have cost an actor before"))
+    if found.pid:
+        rows.append(("process", f"{found.pid} on {found.host}"))
+    rows.append(("published", "yes, _SUCCESS stands" if found.success else "no"))
+    for name, value in rows:
+        console.print(f"[bold]{name:>16}[/]  {escape(value)}", highlight=False, soft_wrap=True)

@@ -57,6 +57,7 @@ class Marks:
         fingerprint: of the settings it was made with.
         source: file, version and slice.
         counts: as in the receipt.
+        findings: as in the receipt.
         n_bytes: size of the file; JSONL only, whose marks are kept apart.
     """
 
@@ -65,6 +66,7 @@ class Marks:
     source: dict[str, Any]
     counts: dict[str, int]
     n_bytes: int | None = None
+    findings: str = ""
 
 
 def write_tables(

@@ -98,6 +98,10 @@ class Task(ABC):
         """How many things were found, for the report."""
         return len(value)
 
+    def scored_labels(self, value: Any) -> list[tuple[str, float]] | None:
+        """Names of what was found, with their scores, for the report; None: it has no names."""
+        return None
+
     # ---- for encode ---------------------------------------------------------------------------
 
     def encode_texts(self, records: Sequence[Record], read: Reader) -> list[Encoded | Failure]:

@@ -121,6 +121,10 @@ class ChooseTask(Task):
         """1 if something was chosen."""
         return int(value.best is not None)
 
+    def scored_labels(self, value: Choice) -> list[tuple[str, float]]:
+        """The number of the choice, from 1, and its score."""
+        return [] if value.best is None else [(f"{value.best + 1}.", value.scores[value.best])]
+
 
 def asked(record: Record, templates: Mapping[str, str] = TEMPLATES) -> Any:
     """Premise and question as one text; what is in place of the question if it is no text."""

@@ -95,6 +95,10 @@ class _LabelTask(Task):
             struct_lists(LABEL_SCORE, values),
         ]
 
+    def scored_labels(self, value: Sequence[LabelScore]) -> list[tuple[str, float]]:
+        """The best label and its score."""
+        return [(best.label, best.score) for best in value[:1]]
+
 
 class ClassifyTask(_LabelTask):
     """Sequence classification and regression.

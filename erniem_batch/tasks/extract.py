@@ -169,6 +169,13 @@ class ItemTask(Task):
         """All items, relations included."""
         return sum(1 for _ in walk(value))
 
+    def scored_labels(self, value: Sequence[Item]) -> list[tuple[str, float]]:
+        """Name and probability of each item; of an option, which one it is."""
+        return [
+            (item.name if item.start is not None else f"{item.name}: {item.text}", item.probability)
+            for item, _ in walk(value)
+        ]
+
 
 @dataclass(frozen=True, slots=True)
 class Question:

@@ -208,6 +208,10 @@ class NerTask(Task):
                 entities.append(Entity(a, b, label, str(word), score, index=i + 1))
         return entities
 
+    def scored_labels(self, value: Sequence[Entity]) -> list[tuple[str, float]]:
+        """Label and score of each entity."""
+        return [(entity.label, entity.score) for entity in value]
+
     def columns(self, values: Sequence[Sequence[Entity]]) -> list[pa.Array]:
         """`entities`."""
         return [struct_lists(ENTITY, values, ("start", "end", "label", "word", "score"))]

@@ -176,6 +176,10 @@ class QaTask(Task):
         """1 if there is an answer."""
         return int(value.best is not None)
 
+    def scored_labels(self, value: Answers) -> list[tuple[str, float]]:
+        """That there is an answer, and the score of the best."""
+        return [] if value.best is None else [("answer", value.best.score)]
+
 
 def require_text(value: object, name: str) -> None:
     """Raises a RecordError unless it is a string with something in it."""

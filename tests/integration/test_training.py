@@ -266,13 +266,11 @@ def test_two_workers_are_as_good_as_one(tmp_path, straight, command):
 def test_a_mistake_that_only_workers_find(tmp_path, command):
     """It ends the run at once, and mended, the command may use the same output."""
     output = tmp_path / "out"
-    began = time.monotonic()
     flags = {"workers": 2, "max_steps": 2, "evaluations": 1}
     code, report, error = command(output, oversample="classify:*=0", **flags)
     assert (code, report) == (2, None)
     assert "error: classify: --epochs and --oversample leave nothing to train on" in error
     assert "Traceback" not in error
-    assert time.monotonic() - began < 60
     assert not [path for path in output.rglob("*") if path.is_file()]
     code, report, error = command(output, **flags)
     assert (code, report["steps"]) == (0, 2), error

@@ -23,7 +23,7 @@ from fakes import (
 from erniem_batch import storage
 from erniem_batch.errors import CheckpointError, StorageError
 from erniem_batch.job import actor
-from erniem_batch.job.actor import RECEIPT_SCHEMA, UnitTagger, receipt_of_file
+from erniem_batch.job.actor import SENT_SCHEMA, UnitTagger, receipt_of_file
 from erniem_batch.job.attempts import ATTEMPTS, Attempt
 from erniem_batch.job.config import JobConfig
 from erniem_batch.job.letters import DEAD_LETTERS
@@ -44,7 +44,7 @@ def tag(tmp_path, ner_model_dir):
         units = plan_units(files, config.bytes_per_unit, config.text_column, config.limit)
         made = make_tagger(config, schema, tagger)
         receipts = made(to_table(units))
-        assert receipts.schema == RECEIPT_SCHEMA
+        assert receipts.schema == SENT_SCHEMA
         return receipts.to_pylist(), made._progress.made
 
     return run
@@ -78,9 +78,14 @@ def test_receipt_and_progress(tmp_path, tag):
     assert receipt["n_tokens"] == sum(table["n_tokens"].to_pylist())
     assert receipt["n_found"] == sum(map(len, table["entities"].to_pylist()))
     assert not (tmp_path / "out" / DEAD_LETTERS).exists()
-    assert progress[0][0] == "add"
-    assert progress[0][1][1:] == (5, receipt["n_tokens"], 1.0)
-    assert progress[-1][0] == "add_padding"
+    steps = [arguments[1:] for call, arguments in progress if call == "add"]
+    unit = receipt["unit_id"]
+    assert steps == [(unit, 0, 0, 0.0), (unit, 5, receipt["n_tokens"], 1.0)]
+    last, (_, figures) = progress[-1]
+    assert last == "report"
+    assert figures["real_tokens"] == figures["padded_tokens"] == receipt["n_tokens"] + 10
+    for stage in ("read", "tokenize", "forward", "decode", "write"):
+        assert figures[f"{stage}_seconds"] > 0
 
 
 def test_dead_letters_tell_why_without_the_text(tmp_path, tag):
@@ -261,7 +266,7 @@ def test_a_unit_that_is_done_is_not_done_again(tmp_path, tag, output_format):
     assert second["found"]
     counts = ("unit_id", "output", "n_rows", "n_ok", "n_dead", "n_tokens", "output_bytes")
     assert [second[n] for n in counts] == [first[n] for n in counts]
-    assert [call for call, _ in progress] == ["add_padding"]
+    assert [call for call, _ in progress] == ["report"]
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")} == before
     assert receipt_of_file(str(tmp_path / "out"), name, first["unit_id"], "f2") is None
     assert receipt_of_file(str(tmp_path / "out"), name, "another", "f1") is None

@@ -7,6 +7,7 @@ import pytest
 from erniem_batch.errors import JobError
 from erniem_batch.job.actor import RECEIPT_SCHEMA, Receipt
 from erniem_batch.job.config import JobConfig
+from erniem_batch.job.details import Comparison
 from erniem_batch.job.letters import letters_name
 from erniem_batch.job.report import RunReport, manifest_of, totals, verify
 from erniem_batch.job.run import Work, make_report
@@ -48,8 +49,9 @@ def state(*rows, todo=0):
 
 def report(made, max_dead_letters="0", receipts=()):
     config = JobConfig(input=["in"], output="out", max_dead_letters=max_dead_letters)
-    work = Work(list(receipts), seconds=2.0, padding_share=0.25)
-    return make_report(config, INFO, "out", made, work, [], 0.0)
+    figures = {"padded_tokens": 40, "real_tokens": 30}
+    work = Work(list(receipts), seconds=2.0, figures=figures)
+    return make_report(config, INFO, "out", made, work, [], Comparison(config), 0.0)
 
 
 # ---- rows in are rows out ---------------------------------------------------------------------

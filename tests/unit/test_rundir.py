@@ -323,6 +323,10 @@ def test_a_segment_that_was_never_finished_is_not_read(folder):
     assert len(folder.read_ledger(1)) == 1
 
 
-def test_the_report_is_one_line(folder):
-    folder.write_report('{"a": 1}')
+def test_reports_and_forecasts(folder):
+    assert folder.read_report() is folder.read_forecast() is None
+    folder.write_report({"a": 1}, "<p>")
+    folder.write_forecast({"b": 2})
+    assert (folder.read_report(), folder.read_forecast()) == ({"a": 1}, {"b": 2})
     assert json.loads(storage.read(f"{folder.output}/_run/report.json")) == {"a": 1}
+    assert storage.read(f"{folder.output}/_run/report.html") == b"<p>"

@@ -50,6 +50,11 @@ FREE = {
     "max_dead_letters": "5%",
     "unit_timeout": 5.0,
     "overwrite": True,
+    "compare": "yesterday",
+    "fail_on_drift": False,  # goes with compare only
+    "drift_threshold": 0.2,
+    "report_samples": 3,
+    "log_format": "json",
 }
 
 
