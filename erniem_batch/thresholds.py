@@ -84,17 +84,17 @@ def read_thresholds(path: str) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise ConfigError(f"--min-score {path}: expected a mapping from labels to numbers")
     try:
-        numbers: dict[str, Any] = _with_numbers(content)
+        numbers: dict[str, Any] = with_numbers(content)
         Thresholds(numbers)
     except ConfigError as error:
         raise ConfigError(f"--min-score {path}: {error}") from None
     return numbers
 
 
-def _with_numbers(value: Any) -> Any:
+def with_numbers(value: Any) -> Any:
     """The same with text that is a number as a number."""
     if isinstance(value, Mapping):
-        return {name: _with_numbers(inner) for name, inner in value.items()}
+        return {name: with_numbers(inner) for name, inner in value.items()}
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:

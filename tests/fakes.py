@@ -134,6 +134,10 @@ class RefusingTagger(UnitTagger):
         return RefusingPredictor.load(config)
 
 
+class Killed(BaseException):
+    """The process ends here, without a word to anybody."""
+
+
 class Calls:
     """Stands for the handle of an actor: notes what is called."""
 

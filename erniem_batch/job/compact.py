@@ -215,7 +215,7 @@ class _Writer:
         self._schema = pa.schema(kept)
         self._file_bytes = file_bytes
         self._run = uuid.uuid4().hex[:12]
-        self.partitions: dict[Key, _Partition] = {}
+        self.partitions: dict[str, _Partition] = {}
         self._entries: list[Entry] = []
 
     def add(self, table: pa.Table) -> None:
@@ -241,15 +241,15 @@ class _Writer:
         return sorted(self._entries, key=lambda entry: entry.name)
 
     def _partition(self, key: Key) -> "_Partition":
-        if key not in self.partitions:
+        parts = zip(self._columns, key, strict=True)
+        folder = "".join(f"{quote(name)}={_encoded(value)}/" for name, value in parts)
+        if folder not in self.partitions:  # null and the empty string share one
             if len(self.partitions) == MOST_PARTITIONS:
                 raise ConfigError(
                     f"--partition-by {' '.join(self._columns)}: more than {MOST_PARTITIONS} values"
                 )
-            parts = zip(self._columns, key, strict=True)
-            folder = "".join(f"{quote(name)}={_encoded(value)}/" for name, value in parts)
-            self.partitions[key] = _Partition(self._target, folder, self._run, self._schema)
-        return self.partitions[key]
+            self.partitions[folder] = _Partition(self._target, folder, self._run, self._schema)
+        return self.partitions[folder]
 
 
 def _split(table: pa.Table, columns: Sequence[str]) -> Iterator[tuple[Key, pa.Table]]:

@@ -26,11 +26,13 @@ from erniem_batch.columns import COLUMNS
 from erniem_batch.errors import ConfigError
 from erniem_batch.job.config import JobConfig
 from erniem_batch.options import OPTIONS, TASKS
+from erniem_batch.thresholds import with_numbers
 
 FLAG = "--config"
 
 # What a file may say in YAML's own way, and the command line as text or as a file.
 STRUCTURED = ("schema", "min-score", "candidate-labels")
+NULLS = ("", "null", "~")
 # JSON types that a file may have beside those of the flag.
 ALSO = {
     "input": ("string",),
@@ -71,14 +73,16 @@ def read_job_file(path: str) -> dict[str, Any]:
     if data is None:
         raise ConfigError(f"--config: there is no file {path}")
     try:
-        content = yaml.safe_load(data.decode("utf-8"))
+        # All as it is written, as on the command line: to YAML, 1:8 is 68 and no is false.
+        content = yaml.load(data.decode("utf-8"), Loader=yaml.BaseLoader)
     except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"--config {path}: not valid YAML: {error}") from None
-    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
+    if not isinstance(content, Mapping):
         raise ConfigError(f"--config {path}: expected a mapping from names of flags to values")
     return {
         name.replace("_", "-"): _plain(name.replace("_", "-"), _expanded(value, path))
         for name, value in content.items()
+        if value not in NULLS
     }
 
 
@@ -86,6 +90,8 @@ def _plain(name: str, value: Any) -> Any:
     """A value as the command line would give it."""
     if name == "candidate-labels" and isinstance(value, list):
         return ", ".join(map(str, value))
+    if name == "min-score":
+        value = with_numbers(value) if isinstance(value, Mapping) else value
     if name in STRUCTURED and isinstance(value, list | Mapping):
         return json.dumps(value, ensure_ascii=False)
     return value

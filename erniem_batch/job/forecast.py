@@ -243,7 +243,7 @@ def read_piece(
     predictor: Predictor,
     sample: Sample,
 ) -> None:
-    """Adds the first rows of a unit to a sample.
+    """Adds rows of a unit to a sample, spread over what has to be read for them.
 
     Args:
         most: how many; None: all.
@@ -264,7 +264,7 @@ def read_piece(
         for bad in chunk.bad:
             sample.reasons[f"{bad.failure.stage}: {bad.failure.error}"] += bad.n_rows or 1
         share = chunk.share - before
-        kept = records if most is None else records[: most - read]
+        kept = records if most is None else _spread(records, most - read)
         if len(kept) < len(records):
             share *= len(kept) / len(records)
             sample.is_all = False
@@ -275,6 +275,14 @@ def read_piece(
         if most is not None and read >= most:
             sample.is_all = sample.is_all and chunk.share >= 1
             break
+
+
+def _spread(records: Sequence[Record], most: int) -> Sequence[Record]:
+    """So many records, drawn from all places: neighbours are often alike."""
+    if len(records) <= most:
+        return records
+    places = sorted(random.Random(len(records)).sample(range(len(records)), most))
+    return [records[i] for i in places]
 
 
 def _encode(predictor: Predictor, records: Sequence[Record], sample: Sample) -> int:

@@ -5,10 +5,12 @@ import ast
 import copy
 import importlib.util
 import json
+import ssl
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import certifi
 import httpx
 import pytest
 from kuberay_schema import POD_TEMPLATE, REDUCED, full_schemas, reduced, strict, used_values
@@ -130,7 +132,12 @@ MISTAKES = [
     (JOB, "--output s3://BUCKET/tagged/", "", ["entrypoint", "--output"]),
     (JOB, " --address auto", "", ["entrypoint", "--address auto"]),
     (JOB, "pipelines/ner.py", "pipelines/finetune.py", ["entrypoint", "finetune"]),
-    (JOB, "ner.py --input", "serve.py --input", ["entrypoint", "serve.py"]),
+    (
+        JOB,
+        FILES[JOB].partition("python pipelines/")[2].partition("\n  submissionMode")[0],
+        "replay.py s3://BUCKET/tagged/",
+        ["entrypoint", "replay takes no flags of a job"],
+    ),
     # versions and images
     (CLUSTER, 'rayVersion: "2.60.0"', 'rayVersion: "2.59.0"', ["rayVersion", "2.60.0", "2.59.0"]),
     (CLUSTER, "ray2.60.0-cpu", "ray2.59.0-cpu", ["line", "ray2.59.0"]),
@@ -215,7 +222,7 @@ MISTAKES = [
     (
         "serve.yaml",
         "applications:\n",
-        "applications:\n- {name: a, import_path: b:c}\n",
+        "applications:\n- {name: a, import_path: b:c, route_prefix: /b}\n",
         ["one app"],
     ),
     # machines in a cloud
@@ -308,8 +315,8 @@ def test_a_mistake_is_named(name, old, new, words):
     assert any(all(word in problem for word in words) for problem in problems), problems
 
 
-# Rules of KubeRay's operator about fields that no manifest here uses: the reduced definitions do not
-# know them, so that they are tried without.
+# Rules of KubeRay's operator about fields that no manifest here uses: the reduced definitions do
+# not know them, so that they are tried without.
 CHECKS = {
     CLUSTER: lambda spec: cluster_problems(CLUSTER, "spec", spec),
     JOB: lambda spec: job_problems(JOB, "spec", spec, FILES[IMAGE]),
@@ -566,3 +573,21 @@ def test_what_kubernetes_refuses(script, capsys):
             script.run(jobs, load_all(FILES[JOB])[0])
     assert ended.value.code == 2
     assert "not allowed" in capsys.readouterr().out
+
+
+def test_in_a_pod_it_finds_what_kubernetes_puts_there(script, tmp_path, monkeypatch):
+    (tmp_path / "namespace").write_text("nightly")
+    (tmp_path / "token").write_text("t0ken")
+    (tmp_path / "ca.crt").write_text(Path(certifi.where()).read_text())
+    (tmp_path / "rayjob.yaml").write_text(FILES[JOB])
+    kubernetes = FakeKubernetes("Complete")
+
+    def client(base_url: str, verify: ssl.SSLContext, timeout: float) -> httpx.Client:
+        assert verify.verify_mode is ssl.CERT_REQUIRED
+        return real(base_url=base_url, transport=httpx.MockTransport(kubernetes))
+
+    real = httpx.Client
+    monkeypatch.setattr(script.httpx, "Client", client)
+    monkeypatch.setattr(script, "ACCOUNT", tmp_path)
+    assert script.main(str(tmp_path / "rayjob.yaml")) == 0
+    assert kubernetes.seen == ["GET", "POST", "GET"]

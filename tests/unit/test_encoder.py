@@ -291,7 +291,7 @@ def test_pruned_model_survives_saving(random_model, batch, tmp_path):
     model.save_pretrained(tmp_path)
     again = ErnieMForTokenClassification.from_pretrained(tmp_path)
     assert again.config.pruned_heads == {0: [0, 1], 2: [3]}
-    assert torch.equal(again(**batch).logits, expected)
+    torch.testing.assert_close(again(**batch).logits, expected, atol=1e-6, rtol=0)
     again.prune_heads({2: [0]})
     assert again(**batch).logits.shape == expected.shape
 
@@ -312,9 +312,11 @@ def test_every_pruned_and_resized_model_survives_saving(random_model, batch, tmp
     found = again(inputs, output_hidden_states=True)
     for a, b in zip(found.hidden_states, expected.hidden_states, strict=True):
         assert torch.equal(a, b)
-    assert torch.equal(found[0], expected[0])
+    # Weights at another place in memory may be added up in another order.
+    close = {"atol": 1e-6 if dtype == torch.float32 else 1e-2, "rtol": 0}
+    torch.testing.assert_close(found[0], expected[0], **close)
     again.resize_token_embeddings(120)
-    assert torch.equal(again(inputs)[0], expected[0])
+    torch.testing.assert_close(again(inputs)[0], expected[0], **close)
 
 
 @pytest.mark.parametrize("heads", [{0: [4]}, {3: [0]}, {0: [0, 1, 2, 3]}, {-1: [0]}])

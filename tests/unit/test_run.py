@@ -7,44 +7,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fakes import KILLER, Calls, RefusingTagger, ner_config, write_bytes, write_jsonl, write_parquet
+from fakes import KILLER, Killed, RefusingTagger, write_bytes, write_jsonl, write_parquet
 
 from erniem_batch import storage
 from erniem_batch.errors import ConfigError, JobError
-from erniem_batch.job import JobConfig, finish, replay_job, result_files, run, run_job
+from erniem_batch.job import finish, result_files, run
 from erniem_batch.job.actor import UnitTagger
-from erniem_batch.job.units import from_table
-
-
-class Killed(BaseException):
-    """The process ends here, without a word to anybody."""
-
-
-@pytest.fixture
-def job(tmp_path, ner_model_dir, monkeypatch):
-    """Runs a job over tmp_path/in; `units` ends it after so many."""
-
-    def call(tagger=UnitTagger, units=None, replay=False, **options):
-        done = []
-
-        def tag_units(folder, info, todo, assignment, lease, on_receipt):
-            made = tagger(assignment, Calls())
-            run.unmark_success(folder.output)
-            for unit in from_table(todo):
-                if len(done) == units:
-                    raise Killed
-                done.append(made.tag(unit))
-            lease.check()
-            return run.Work(done)
-
-        monkeypatch.setattr(run, "tag_units", tag_units)
-        if replay:
-            return replay_job(str(tmp_path / "out"), options), done
-        values = {"input": [str(tmp_path / "in")], "output": str(tmp_path / "out")}
-        values |= {"model": str(ner_model_dir), "window_tokens": 64, "overlap_tokens": 16}
-        return run_job(ner_config(JobConfig, **{**values, **options})), done
-
-    return call
 
 
 def data(output):
