@@ -10,9 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from fakes import Calls, Killed, ner_config, save_tiny_ner_model
 from xdist.scheduler import LoadScopeScheduling
 
 from erniem_batch import ErnieMConfig, ErnieMTokenizer
+from erniem_batch.job import JobConfig, replay_job, run, run_job
+from erniem_batch.job.actor import UnitTagger
+from erniem_batch.job.units import from_table
 
 DATA = Path(__file__).parent / "data"
 
@@ -103,3 +107,43 @@ def batch() -> dict[str, torch.Tensor]:
         input_ids[row, :length] = torch.randint(3, 120, (length,), generator=generator)
         input_ids[row, 0], input_ids[row, length - 1] = 0, 2
     return {"input_ids": input_ids, "attention_mask": (input_ids != 1).long()}
+
+
+@pytest.fixture(scope="session")
+def ner_model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: ErnieMTokenizer) -> Path:
+    """A folder with a tiny random model for token classification."""
+    return save_tiny_ner_model(tmp_path_factory.mktemp("model"), tokenizer)
+
+
+@pytest.fixture
+def job(tmp_path: Path, ner_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Runs a job over tmp_path/in without Ray; `units` kills it after so many."""
+
+    def call(
+        tagger: type[UnitTagger] = UnitTagger,
+        units: int | None = None,
+        replay: bool = False,
+        **options: Any,
+    ) -> Any:
+        done: list[Any] = []
+
+        def tag_units(
+            folder: Any, info: Any, todo: Any, assignment: Any, lease: Any, on_receipt: Any
+        ) -> run.Work:
+            made = tagger(assignment, Calls())
+            run.unmark_success(folder.output)
+            for unit in from_table(todo):
+                if len(done) == units:
+                    raise Killed
+                done.append(made.tag(unit))
+            lease.check()
+            return run.Work(done)
+
+        monkeypatch.setattr(run, "tag_units", tag_units)
+        if replay:
+            return replay_job(str(tmp_path / "out"), options), done
+        values = {"input": [str(tmp_path / "in")], "output": str(tmp_path / "out")}
+        values |= {"model": str(ner_model_dir), "window_tokens": 64, "overlap_tokens": 16}
+        return run_job(ner_config(JobConfig, **{**values, **options})), done
+
+    return call

@@ -18,6 +18,7 @@ CSS = {
     BEFORE: "var(--before)",
     SECOND: "var(--second)",
 }
+METADATA = ("Creator", "Date", "Format", "Type")  # left out
 STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: the browser has the fonts, whatever the script
     "font.family": "sans-serif",
@@ -191,7 +192,7 @@ def chart(
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasSVG(figure)
         draw(figure if whole else figure.subplots())
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(text, format="svg", transparent=True, metadata=dict.fromkeys(METADATA))
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     for colour, variable in CSS.items():

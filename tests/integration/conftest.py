@@ -9,15 +9,6 @@ from typing import Any
 
 import pytest
 import stores
-from fakes import save_tiny_ner_model
-
-from erniem_batch import ErnieMTokenizer
-
-
-@pytest.fixture(scope="session")
-def ner_model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: ErnieMTokenizer) -> Path:
-    """A folder with a tiny random model for token classification."""
-    return save_tiny_ner_model(tmp_path_factory.mktemp("model"), tokenizer)
 
 
 @pytest.fixture(scope="session")

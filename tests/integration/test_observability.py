@@ -1,0 +1,86 @@
+"""What a running job shows: to Prometheus, to `status`, and on its log."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from fakes import write_jsonl
+from manifests import BATCH_METRICS
+from serving import free_port
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+ROOT = Path(__file__).parents[2]
+# A job on a Ray of its own, whose metrics stand at a port that we know.
+JOB = """
+import sys
+from erniem_batch.cli import main
+from erniem_batch.job.cluster import connect_to
+connect_to(None, 4, metrics_port=int(sys.argv[1]))
+raise SystemExit(main(sys.argv[2:]))
+"""
+# Those that a run without faults and without padding never tells.
+SILENT = {"erniem_batch_padding_tokens", "erniem_batch_dead_letters"}
+
+
+def names_of(url: str) -> set[str]:
+    """Metrics of ours at an address; none if nobody answers."""
+    try:
+        text = httpx.get(url, timeout=5).text
+    except httpx.HTTPError:
+        return set()
+    found = re.findall(r"^ray_(erniem_batch_\w+?)(?:_total|_bucket|_sum|_count)?\{", text, re.M)
+    return set(found)
+
+
+def test_a_running_job_can_be_watched(tmp_path: Path, ner_model_dir: Path) -> None:
+    for i in range(150):
+        rows = [{"text": f"Ada {i} {j} lived in London. " * 40} for j in range(30)]
+        write_jsonl(tmp_path / "in" / f"{i:03}.jsonl", rows)
+    port, output = free_port(), tmp_path / "out"
+    arguments = ["ner", "--model", ner_model_dir, "--input", tmp_path / "in", "--output", output]
+    log = (tmp_path / "log").open("w")
+    process = subprocess.Popen(
+        [sys.executable, "-c", JOB, str(port), *map(str, arguments), "--log-format", "json"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ,
+    )  # fmt: skip
+    try:
+        wanted, seen, states = set(BATCH_METRICS) - SILENT, set(), []
+        while process.poll() is None:
+            seen |= names_of(f"http://127.0.0.1:{port}/metrics")
+            if "erniem_batch_units" in seen and not states:
+                states.append(_status(output))
+            time.sleep(1)
+        last = json.loads(process.communicate()[0].splitlines()[-1])
+    finally:
+        process.kill()
+        log.close()
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert last["exit_code"] == 0, lines[-5:]
+    assert seen >= wanted, f"missing: {wanted - seen}"
+    assert states[0]["state"] == "running"
+    assert 0 < states[0]["units_done"] < states[0]["units"] == 150
+    assert _status(output)["state"] == "ended"
+    messages = [json.loads(line) for line in lines if line.startswith("{")]
+    progress = [m["message"] for m in messages if m["message"].startswith("progress ")]
+    assert progress
+    assert re.fullmatch(
+        r"progress units=\d+/150 rows=\d+ tokens_per_s=\d+ actors=1 done=[\d.]+% eta_s=\d+",
+        progress[-1],
+    )
+
+
+def _status(output: Path) -> dict[str, object]:
+    program = "from erniem_batch.cli import program; raise SystemExit(program())"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "status", output],
+        check=True, capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    found: dict[str, object] = json.loads(done.stdout)
+    return found
