@@ -330,6 +330,19 @@ for _task in TASKS:
 
 
 @app.command
+def completion(shell: Literal["bash", "zsh", "fish"]) -> int:
+    """Print a script that completes commands and flags in a shell.
+
+    For bash: source <(erniem-batch completion bash); for good, put that into ~/.bashrc.
+
+    Args:
+        shell: Which one.
+    """
+    print(app.generate_completion(shell=shell))
+    return 0
+
+
+@app.command
 def config_schema(task: str) -> int:
     """Print the JSON schema of the files that --config of a task takes.
 

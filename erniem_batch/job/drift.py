@@ -7,7 +7,7 @@ G-test with one false alarm in ten thousand.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from erniem_batch.job.findings import LABEL, LENGTH, LETTER
+from erniem_batch.job.findings import LABEL, LENGTH, LETTER, NO_SCORE, SCORE_BINS, length_range
 
 THRESHOLD = 0.1
 # Fewer say little by themselves; they still count in the distributions of all.
@@ -82,18 +82,31 @@ def distributions(findings: pa.Table) -> Iterator[tuple[str, dict[Any, int]]]:
     )
     yield "labels", counted(labels, "label")
     yield "languages", counted(lengths, "language")
-    yield "lengths", counted(lengths, "bin")
+    yield "lengths", _named(counted(lengths, "bin"), _tokens)
     n_dead = pc.sum(letters["n"]).as_py() or 0
     yield "rows", {"ok": pc.sum(lengths["n"]).as_py() or 0, "dead letter": n_dead}
-    yield "scores", counted(labels, "bin")
+    scored = labels.filter(pc.not_equal(labels["bin"], NO_SCORE))
+    yield "scores", _named(counted(scored, "bin"), _score)
     for language in labels["language"].unique().to_pylist():
         if language:
             mine = labels.filter(pc.equal(labels["language"], language))
             yield f"labels: {language}", counted(mine, "label")
-    for label in labels["label"].unique().to_pylist():
-        if label:
-            mine = labels.filter(pc.equal(labels["label"], label))
-            yield f"scores: {label}", counted(mine, "bin")
+    for label in scored["label"].unique().to_pylist():
+        mine = scored.filter(pc.equal(scored["label"], label))
+        yield f"scores: {label}", _named(counted(mine, "bin"), _score)
+
+
+def _named(bins: Mapping[int, int], name: Callable[[int], str]) -> dict[str, int]:
+    return {name(number): n for number, n in bins.items()}
+
+
+def _score(number: int) -> str:
+    return f"{number / SCORE_BINS:.2f} to {(number + 1) / SCORE_BINS:.2f}"
+
+
+def _tokens(number: int) -> str:
+    first, last = length_range(number)
+    return f"{first:,} to {last:,} tokens"
 
 
 def counted(findings: pa.Table, column: str) -> dict[Any, int]:

@@ -1,6 +1,8 @@
 import io
 import json
 import re
+import shutil
+import subprocess
 from dataclasses import fields
 
 import pytest
@@ -115,7 +117,7 @@ def test_help_shows_every_setting(run):
     shown = [*fields(JobConfig), *fields(NerOptions), *fields(TextColumn)]
     for field in (field for field in shown if field.name not in hidden):
         assert re.search(rf"--{field.name.replace('_', '-')}\b", out), field.name
-    assert "--config" not in out
+    assert not re.search(r"--(options|fields)\b", out)
     assert "Exit codes" in out
 
 
@@ -350,3 +352,38 @@ def test_entity_view_shows_a_finished_file(tmp_path):
     show(Receipt("1", "a.parquet"))
     show(Receipt("2", "absent.parquet", error="gone"))
     assert shown.getvalue().split() == ["en", "Ada", "PER!"]
+
+
+COMPLETED = """
+eval "$(cat)"
+complete -p erniem-batch > /dev/null
+COMP_WORDS=(erniem-batch {words}) COMP_CWORD={place} COMP_LINE="erniem-batch {line}"
+COMP_POINT=${{#COMP_LINE}}
+"$(complete -p erniem-batch | sed -E 's/.*-F ([^ ]+).*/\\1/')" erniem-batch "{word}" ""
+printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"), [("sta", "status"), ("ner --outp", "--output"), ("plan ext", "extract")]
+)
+def test_bash_completes(run, line, expected):
+    if shutil.which("bash") is None:
+        pytest.skip("no bash here")
+    code, script, _ = run("completion", "bash")
+    assert code == 0
+    words = line.split(" ")
+    asked = COMPLETED.format(words=line, place=len(words), line=line, word=words[-1])
+    done = subprocess.run(
+        ["bash", "-c", asked], input=script, capture_output=True, text=True, check=False
+    )
+    assert expected in [word.strip() for word in done.stdout.splitlines()], done.stderr
+
+
+def test_every_command_is_there(run):
+    _, out, _ = run("--help")
+    commands = (
+        "ner classify choose qa extract embed serve plan status replay compact convert parity "
+        "finetune evaluate completion config-schema token"
+    )
+    assert set(commands.split()) <= set(out.replace("│", " ").split())

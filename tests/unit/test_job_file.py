@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import yaml
@@ -134,3 +135,15 @@ def test_the_schema_is_a_command(capsys):
     assert main(["config-schema", "qa"]) == 0
     assert json.loads(capsys.readouterr().out) == json_schema("qa")
     assert "task must be one of" in refused(capsys, "config-schema", "parse")
+
+
+def test_the_example_is_good(capsys, monkeypatch):
+    jsonschema = pytest.importorskip("jsonschema")
+    monkeypatch.delenv("CORPUS", raising=False)
+    monkeypatch.setenv("OUTPUT", "s3://b/tagged")
+    path = str(Path(__file__).parents[2] / "deploy" / "job.yaml")
+    found = printed(capsys, "ner", "--config", path)
+    jsonschema.validate(found, json_schema("ner"))
+    assert found["actors"] == "1:8"
+    assert (found["output"], found["compare"]) == ("s3://b/tagged", "s3://b/tagged")
+    assert found["min-score"]["de"] == {"PER": 0.6}
