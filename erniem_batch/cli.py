@@ -309,6 +309,9 @@ def _plan_command(task: str) -> Callable[..., int]:
         from erniem_batch.job.view import show_forecast
 
         job = job_of(config, options or options_class(), columns or columns_class())
+        if file is not None and file.print_config:
+            print(as_yaml(job), end="")
+            return 0
         configure_logging(job.log_format)
         made = forecast(job, flags or PlanFlags())
         save(job, made)

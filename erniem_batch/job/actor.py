@@ -228,7 +228,7 @@ class UnitTagger:
     def _tables(self, reader: UnitReader, tally: "_Tally", attempt: Attempt) -> Iterator[pa.Table]:
         unit = reader.unit
         chunks = self._chunks(reader, attempt)
-        self._progress.add.remote(self._name, unit.id, 0, 0, 0.0)
+        self._tell(unit, tally, 0.0)
         while True:
             with self._timed("read"):
                 chunk = next(chunks, None)
@@ -236,17 +236,21 @@ class UnitTagger:
                 break
             self._rows_read += len(chunk.texts)
             table = self._tag_chunk(chunk, tally, attempt)
-            self._progress.add.remote(
-                self._name, unit.id, tally.n_rows, tally.n_tokens, chunk.share
-            )
+            self._tell(unit, tally, chunk.share)
             self._metrics.report(tally.counts(), tally.reasons, self._figures(), unit.id)
             with self._timed("write"):
                 yield table
+        self._tell(unit, tally, 1.0, done=True)
         # The dead letters before the data becomes visible.
         if tally.bad:
             write_letters(self._run.output, unit, tally.bad, attempt.number, self._run.model_digest)
         elif attempt.number > 1:  # those of a try that died
             storage.delete([storage.join(self._run.output, letters_name(unit.output))])
+
+    def _tell(self, unit: Unit, tally: "_Tally", share: float, done: bool = False) -> None:
+        """How far a unit is."""
+        n_bytes = round(share * max(unit.n_bytes, 1))
+        self._progress.add.remote(self._name, unit.id, tally.n_rows, tally.n_tokens, n_bytes, done)
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

@@ -86,7 +86,9 @@ class Attempt:
 
 def n_repeated(output: str) -> int:
     """Units that are being worked on, and have cost a process before."""
-    records = [storage.read(info.path) for info in storage.find(f"{output}/{ATTEMPTS}")]
+    paths = [info.path for info in storage.find(f"{output}/{ATTEMPTS}")]
+    # Not those that are just being written.
+    records = [storage.read(path) for path in paths if path.endswith(".json")]
     return sum(1 for data in records if data is not None and json.loads(data)["number"] > 1)
 
 

@@ -1,8 +1,12 @@
 """Charts of a run's report: SVG that takes its colours from the page, light or dark."""
 
 import io
+import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from erniem_batch.config import cache_folder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,8 +50,6 @@ Report = Mapping[str, Any]
 
 def timeline(report: Report) -> str | None:
     """Tokens a second and actors, over time."""
-    from matplotlib.ticker import MaxNLocator
-
     points = report["timeline"]
     if len(points) < 3:
         return None
@@ -55,6 +57,8 @@ def timeline(report: Report) -> str | None:
     ends, rates = speeds(points)
 
     def draw(axes: "Axes") -> None:
+        from matplotlib.ticker import MaxNLocator
+
         axes.step(ends, rates, where="pre", color=NOW, linewidth=1.2)
         axes.set(xlabel="seconds", ylabel="tokens/s", ylim=(0, None), xlim=(0, seconds[-1]))
         axes.yaxis.label.set_color(NOW)
@@ -183,12 +187,16 @@ def chart(
         height, width: in inches.
         whole: whether `draw` wants the figure instead of one pair of axes.
     """
+    # It keeps a list of the machine's fonts; without this, in the home folder.
+    os.environ.setdefault("MPLCONFIGDIR", str(cache_folder() / "matplotlib"))
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     text = io.StringIO()
-    with mpl.rc_context(STYLE | {"svg.hashsalt": name}):
+    with mpl.rc_context(STYLE | {"svg.hashsalt": name}), warnings.catch_warnings():
+        # Only measured with matplotlib's font, and drawn by the browser with its own.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasSVG(figure)
         draw(figure if whole else figure.subplots())

@@ -12,6 +12,8 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import IO, Any
 from urllib.parse import quote
@@ -22,7 +24,7 @@ import pyarrow.parquet as pq
 
 from erniem_batch import storage
 from erniem_batch.errors import ConfigError
-from erniem_batch.job.lease import Lease
+from erniem_batch.job.lease import ENDED, FAILED, Lease
 from erniem_batch.job.manifest import (
     SUCCESS,
     Entry,
@@ -31,7 +33,7 @@ from erniem_batch.job.manifest import (
     publish,
     read_manifest,
 )
-from erniem_batch.job.rundir import RunFolder
+from erniem_batch.job.rundir import LOOKING_THREADS, RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +41,8 @@ logger = logging.getLogger(__name__)
 OURS = re.compile(r"(^|/)part-[0-9a-f]{12}-\d{5}\.parquet$")
 # As Hive, Spark and pyarrow write a null.
 NULL = "__HIVE_DEFAULT_PARTITION__"
-MOST_PARTITIONS = 1000
+# Each has an open file, and of these a process commonly may have 1,024.
+MOST_PARTITIONS = 500
 ROW_GROUP_BYTES = 64 << 20  # of one partition in memory, before it is written
 HELD_BYTES = 512 << 20  # of all partitions together
 LOG_EVERY_S = 10.0
@@ -92,7 +95,9 @@ def compact(
     if target_mb < 1:
         raise ConfigError(f"--target-mb must be at least 1, got {target_mb}")
     started = time.monotonic()
-    with _held(source), _held(target):
+    _complete(output, source)  # before a lease is left in a folder that was meant by mistake
+    _earlier_files(to, target)
+    with _held(source, as_it_was=True), _held(target) as lease:
         files = _complete(output, source)
         before = _earlier_files(to, target)
         schema = common_schema(source, files, partition_by)
@@ -106,6 +111,7 @@ def compact(
                 logger.info("compacting files=%d/%d", number, len(files))
         entries = writer.close()
         manifest = Manifest(1, "", entries, [])
+        lease.check()  # another compaction may have removed these files, if this one stood still
         publish(target, manifest)
         storage.delete(storage.join(target, name) for name in before - manifest.names)
         storage.delete(storage.unfinished(target))
@@ -121,17 +127,20 @@ def compact(
     )
 
 
-class _held:
-    """The right to write into a folder, for a `with` block."""
+@contextmanager
+def _held(folder: str, *, as_it_was: bool = False) -> Iterator[Lease]:
+    """The right to write into a folder.
 
-    def __init__(self, folder: str) -> None:
-        self._lease = Lease(folder)
-
-    def __enter__(self) -> Lease:
-        return self._lease.acquire()
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self._lease.release("failed" if kind else "ended")
+    Args:
+        as_it_was: how the last run ended is for its next one to know, whatever happens here.
+    """
+    lease = Lease(folder).acquire()
+    how = FAILED
+    try:
+        yield lease
+        how = ENDED
+    finally:
+        lease.release((as_it_was and lease.last_ended) or how)
 
 
 def _complete(output: str, source: str) -> list[Entry]:
@@ -151,22 +160,34 @@ def common_schema(source: str, files: Sequence[Entry], partition_by: Sequence[st
         ConfigError: two files have types that do not go together, or a partition column is missing
             or has no plain values.
     """
-    schemas: dict[pa.Schema, str] = {}
-    for entry in files:
+    if not files:  # all rows are dead letters
+        return pa.schema([])
+
+    def read(entry: Entry) -> pa.Schema:
         with storage.InputFile(storage.join(source, entry.name)) as file:
-            schema = pq.read_schema(pa.PythonFile(file, mode="r")).remove_metadata()
-        schemas.setdefault(schema, entry.name)
-    try:
-        schema = pa.unify_schemas(list(schemas), promote_options="permissive")
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        first, other = list(schemas.values())[:2]
-        raise ConfigError(
-            f"columns of {first} and {other} have types that do not go together: {error}"
-        ) from None
+            found = pq.read_schema(pa.PythonFile(file, mode="r")).remove_metadata()
+        # A column that others lack is null there, whatever this file says.
+        return pa.schema([field.with_nullable(True) for field in found])
+
+    schemas: dict[pa.Schema, str] = {}
+    with ThreadPoolExecutor(LOOKING_THREADS) as pool:
+        for entry, found in zip(files, pool.map(read, files), strict=True):
+            schemas.setdefault(found, entry.name)
+    schema = next(iter(schemas))
+    for other, place in schemas.items():
+        try:
+            schema = pa.unify_schemas([schema, other], promote_options="permissive")
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise ConfigError(
+                f"columns of {place} have types that do not go together with those of files "
+                f"before it: {error}"
+            ) from None
     for name in partition_by:
         if name not in schema.names:
             names = ", ".join(schema.names)
             raise ConfigError(f"--partition-by {name}: there is no such column; there are {names}")
+        if name.startswith(("_", ".")):
+            raise ConfigError(f"--partition-by {name}: readers leave out folders of such names")
         kind = schema.field(name).type
         if pa.types.is_nested(kind) or pa.types.is_floating(kind):
             raise ConfigError(f"--partition-by {name}: {kind} has too many values for folders")

@@ -60,7 +60,7 @@ class JobConfig:
             good. Default: 1 MiB on CPU, 16 MiB on GPU. A Parquet row group is never divided, and
             a file once planned keeps its units.
         actors: Smallest and largest number of model actors, MIN:MAX. Default: what the machine or
-            cluster holds.
+            cluster holds; where a cluster may grow, up to 4 if that is more.
         num_gpus_per_actor: GPUs of an actor; 0 runs on CPU.
         num_cpus_per_actor: CPUs (and threads) of an actor. Default: all cores up to 4 on one
             machine, else 4; 1 with a GPU.
@@ -74,7 +74,8 @@ class JobConfig:
         overwrite: Start anew although there are results with other settings; these stay valid until
             the new ones are complete.
         compare: Folder or URL of an earlier run to compare with: what was found, in which shares,
-            with which scores; --output itself compares what this run adds with what was there.
+            with which scores; --output itself compares what has come since the last run that ended
+            with 0 with what was there.
         fail_on_drift: End with exit code 5 and without _SUCCESS if what was found has drifted away
             from the run of --compare.
         drift_threshold: Jensen-Shannon distance of two distributions above which it has, 0 to 1.

@@ -18,9 +18,11 @@ from erniem_batch.job.findings import (
     LABEL,
     LENGTH,
     LETTER,
+    NO_SCORE,
     SCORE_BINS,
     SUM_SCHEMA,
     length_range,
+    summed,
 )
 from erniem_batch.job.report import RunReport, retired_units
 from erniem_batch.job.rundir import RUN, RunFolder, RunInfo, State
@@ -37,6 +39,9 @@ class Comparison:
         findings: of all units that count, a table of SUM_SCHEMA.
         before: of the run of --compare; None: there is none to compare with.
         with_itself: whether what this run adds is compared with what was there before it.
+        accepted: newest edition of the plan that a run with exit code 0 has ended with. What came
+            later is what a run adds, however often it was killed, or found to have drifted.
+        newest: edition of the plan, of this run.
     """
 
     config: JobConfig
@@ -44,6 +49,8 @@ class Comparison:
     findings: pa.Table = field(default_factory=SUM_SCHEMA.empty_table)
     before: pa.Table | None = None
     shifts: Sequence[Shift] = ()
+    accepted: int = 0
+    newest: int = 0
 
     @classmethod
     def of(cls, config: JobConfig, folder: RunFolder) -> Self:
@@ -52,17 +59,18 @@ class Comparison:
         Raises:
             ConfigError: there is no report that can be compared with.
         """
+        accepted = (folder.read_report() or {}).get("accepted_edition", 0)
         if config.compare is None:
-            return cls(config)
+            return cls(config, accepted=accepted)
         if storage.normal(config.compare) == folder.output:
-            return cls(config, with_itself=True)
-        return cls(config, before=previous_findings(config.compare))
+            return cls(config, with_itself=True, accepted=accepted)
+        return cls(config, before=previous_findings(config.compare), accepted=accepted)
 
-    def made(self, folder: RunFolder, info: RunInfo, state: State, there: pa.Array) -> Self:
+    def made(self, folder: RunFolder, info: RunInfo, state: State, units: pa.Table) -> Self:
         """At the end of a run.
 
         Args:
-            there: ids of units that were done before it.
+            units: that count.
         """
 
         def findings(unit_ids: pa.Array) -> pa.Table:
@@ -70,15 +78,20 @@ class Comparison:
 
         retired = retired_units(state.done)
         ids = state.done["unit_id"].combine_chunks()
-        is_old = pc.is_in(ids, value_set=there)
-        total, before, now = findings(ids), self.before, None
+        old = units["id"].filter(pc.less_equal(units["edition"], self.accepted))
+        is_old = pc.is_in(ids, value_set=old.combine_chunks())
+        before, now = self.before, None
         if self.with_itself and 0 < (pc.sum(is_old).as_py() or 0) < len(ids):
             before, now = findings(ids.filter(is_old)), findings(ids.filter(pc.invert(is_old)))
+            total = summed([before, now])
+        else:
+            total = findings(ids)
         shifts: Sequence[Shift] = ()
         if before is not None:
             threshold = self.config.drift_threshold
             shifts = compare(before, total if now is None else now, threshold)
-        return replace(self, findings=total, before=before, shifts=shifts)
+        newest = pc.max(units["edition"]).as_py() or 0
+        return replace(self, findings=total, before=before, shifts=shifts, newest=newest)
 
 
 def forecast_of(folder: RunFolder, info: RunInfo, n_units: int) -> dict[str, Any] | None:
@@ -130,6 +143,7 @@ def details(
         "before": None if before is None else _found(before),
         "drift": None if before is None else [s.as_dict() for s in comparison.shifts],
         "drift_threshold": config.drift_threshold,
+        "accepted_edition": comparison.accepted if report.exit_code else comparison.newest,
         "findings": [list(row.values()) for row in findings.to_pylist()],
     }
 
@@ -187,18 +201,25 @@ def labels(findings: pa.Table) -> list[dict[str, Any]]:
         one = mine.filter(pc.equal(mine["label"], label))
         by_bin = counted(one, "bin")
         scores = [by_bin.get(i, 0) for i in range(SCORE_BINS)]
-        n_scored = sum(scores)
-        middle = sum((i + 0.5) / SCORE_BINS * n for i, n in enumerate(scores))
         found.append(
             {
                 "label": label,
                 "n": sum(by_bin.values()),
                 "languages": counted(one, "language"),
+                "mean_scores": mean_scores(one),
                 "scores": scores,
-                "mean_score": round(middle / n_scored, 3) if n_scored else None,
             }
         )
     return sorted(found, key=lambda item: -item["n"])
+
+
+def mean_scores(findings: pa.Table) -> dict[str, float]:
+    """Of each language, as far as bins tell."""
+    scored = findings.filter(pc.not_equal(findings["bin"], NO_SCORE))
+    middle = pc.divide(pc.add(pc.cast(scored["bin"], pa.float64()), 0.5), float(SCORE_BINS))
+    weighted = scored.append_column("sum", pc.multiply(middle, pc.cast(scored["n"], pa.float64())))
+    sums = weighted.group_by("language").aggregate([("sum", "sum"), ("n", "sum")])
+    return {row["language"]: round(row["sum_sum"] / row["n_sum"], 3) for row in sums.to_pylist()}
 
 
 def lengths(findings: pa.Table) -> list[dict[str, int]]:

@@ -70,7 +70,7 @@ def compare(before: pa.Table, now: pa.Table, threshold: float = THRESHOLD) -> li
         detail = ": " in what
         if detail and min(sum(a.values()), sum(b.values())) < LEAST_ROWS:
             continue
-        if a and b:
+        if sum(a.values()) and sum(b.values()):
             shifts.append(shift(what, a, b, threshold))
     return sorted(shifts, key=lambda s: (-s.drifted, -s.distance))
 
@@ -161,6 +161,8 @@ def by_chance(counts: np.ndarray) -> bool:
     expected = counts.sum(axis=1, keepdims=True) * counts.sum(axis=0) / counts.sum()
     some = counts > 0
     g = 2 * float((counts[some] * np.log(counts[some] / expected[some])).sum())
+    # Of many kinds of which one or two are expected, G is too large; Pearson's, of rarer ones.
+    g = min(g, float(((counts - expected) ** 2 / expected).sum()))
     # Wilson and Hilferty: the cube root of chi-square is nearly normal.
     spread = 2 / (9 * freedom)
     z = ((g / freedom) ** (1 / 3) - (1 - spread)) / math.sqrt(spread)

@@ -51,6 +51,8 @@ def apply_job_file(app: App, commands: tuple[str, ...], arguments: ArgumentColle
         ConfigError: there is no such file, or it is not of this form.
         UnknownOptionError: it has a key that is no flag; names the nearest one.
     """
+    if not commands or commands[-1] not in TASKS:
+        return  # its --config, if it has one, is another
     paths = [a.tokens[0].value for a in arguments if FLAG in a.names and a.tokens]
     for path in paths:
         values = read_job_file(path)
@@ -174,10 +176,20 @@ def as_yaml(config: JobConfig) -> str:
         else:
             value = getattr(config.options, flag.attribute, getattr(config, flag.attribute, None))
         if flag.name in STRUCTURED and isinstance(value, str) and value[:1] in ("{", "["):
-            value = yaml.safe_load(value)
+            value = yaml.load(value, Loader=yaml.BaseLoader)  # as it is read: no is Norwegian
+            value = with_numbers(value) if flag.name == "min-score" else value
         if value is not None:
-            found[flag.name] = list(value) if isinstance(value, tuple) else value
+            found[flag.name] = _escaped(list(value) if isinstance(value, tuple) else value)
     return str(yaml.safe_dump(found, sort_keys=False, allow_unicode=True))
+
+
+def _escaped(value: Any) -> Any:
+    """With `${` as it has to stand in the values of a file."""
+    if isinstance(value, Mapping):
+        return {name: _escaped(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_escaped(inner) for inner in value]
+    return value.replace("${", r"\${") if isinstance(value, str) else value
 
 
 def json_schema(task: str) -> dict[str, Any]:

@@ -5,10 +5,12 @@ ledger, unit by unit, so that a unit that is made again or replaced is never cou
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from erniem_batch.records import Failure
 
@@ -24,6 +26,7 @@ MOST_LABELS = 300
 MOST_LANGUAGES = 100
 LONGEST_NAME = 60
 OTHERS = "(others)"
+LANGUAGE = re.compile(r"[A-Za-z0-9_-]{1,20}")  # as tags of BCP 47, and names of one word
 
 SUM_SCHEMA = pa.schema(
     [
@@ -54,7 +57,9 @@ class Findings:
         Args:
             labels: with their scores; None: the task gives none.
         """
-        spoken = _known(language or "", self._languages, MOST_LANGUAGES)
+        # A column that holds something else must not end up in reports, word for word.
+        spoken = language if language and LANGUAGE.fullmatch(language) else OTHERS
+        spoken = _known(spoken if language else "", self._languages, MOST_LANGUAGES)
         self._counts[LENGTH, spoken, "", length_bin(n_tokens)] += 1
         if labels is None:
             return
@@ -115,3 +120,24 @@ def summed(tables: Sequence[pa.Table]) -> pa.Table:
     together = pa.concat_tables([table.select(SUM_SCHEMA.names) for table in tables])
     sums = together.group_by(KEYS).aggregate([("n", "sum")])
     return sums.rename_columns([*KEYS, "n"]).select(SUM_SCHEMA.names)
+
+
+def capped(sums: pa.Table) -> pa.Table:
+    """The same, with the rarest labels and languages together: what the data call them in each unit
+    may be of another name in the next.
+
+    Args:
+        sums: a table of SUM_SCHEMA.
+    """
+    for column, most, kind in (("label", MOST_LABELS, LABEL), ("language", MOST_LANGUAGES, LENGTH)):
+        mine = sums.filter(pc.equal(sums["kind"], kind))
+        ranked = mine.group_by(column).aggregate([("n", "sum")])
+        ranked = ranked.sort_by([("n_sum", "descending"), (column, "ascending")])[column]
+        names = ranked.filter(pc.invert(pc.is_in(ranked, value_set=pa.array(["", OTHERS]))))
+        if len(names) <= most:
+            continue
+        rare = pc.is_in(sums[column], value_set=names[most:].combine_chunks())
+        rare = pc.and_(rare, pc.not_equal(sums["kind"], LETTER))
+        others = pc.if_else(rare, OTHERS, sums[column])
+        sums = summed([sums.set_column(sums.column_names.index(column), column, others)])
+    return sums

@@ -22,12 +22,14 @@ from cyclopts import Parameter
 
 from erniem_batch import storage
 from erniem_batch.errors import ConfigError
+from erniem_batch.job.chunks import BadRow
 from erniem_batch.job.cluster import local_pool
 from erniem_batch.job.config import JobConfig
 from erniem_batch.job.findings import length_bin, length_range
 from erniem_batch.job.plan import plan_run, run_info
 from erniem_batch.job.read import UnitReader
 from erniem_batch.job.rundir import RunFolder, RunInfo, current_units
+from erniem_batch.job.stream import bundles
 from erniem_batch.job.units import Unit, find_files, from_table
 from erniem_batch.model.fetch import local_folder, model_digest
 from erniem_batch.options import demo_data
@@ -41,10 +43,13 @@ RAY_SECONDS = 10.0
 MEASURED_SECONDS = 15.0
 WARM_UP_ROWS = 8
 PIECES = 40  # of the sample, in as many units if there are so many
+MOST_RECORDS = 10_000  # that the speed is measured with
+MOST_HASHED = 1_000_000  # windows that are counted once if they are equal
 CHARACTERS = 300  # of a text that tell its script
 LONG_SHARE = 0.2
 UNKNOWN_SHARE = 0.02
 LONG_UNIT_S, SHORT_UNIT_S = 600, 5
+WORK_S = 60  # of one actor; less is not worth dividing
 Z95 = 1.96
 
 
@@ -85,7 +90,9 @@ class Forecast:
         tokens_per_s: of one actor, tokens of text.
         start_seconds, seconds: until the first unit is begun; in all.
         cost: of all actors, at --price-per-hour.
-        lengths: rows of the sample by tokens. scripts, languages: shares of the sample.
+        sample_rows: that were read.
+        lengths: rows by tokens, of the units that rows were read of. scripts, languages: shares of
+            their letters and rows.
         dead_letters: rows of the sample without a prediction, by reason.
     """
 
@@ -126,31 +133,33 @@ class Sample:
     """What the rows that were read tell.
 
     Attributes:
-        pieces: of each, rows, tokens, and bytes of its unit.
-        records: with their tokens, those that can be tagged.
+        n_rows, n_tokens, windows, reasons, …: what was read.
+        pieces: of each unit that rows were read of, what they say of all of it: rows, tokens,
+            windows, and its bytes.
+        tagged: rows that can be tagged, each as many as it stands for in its unit.
+        lengths, scripts, languages, long_texts: in these numbers too.
+        records: some of these rows, with their tokens, and how many each stands for.
+        distinct: hashes of the first `n_hashed` windows.
     """
 
-    pieces: list[tuple[int, int, float]] = field(default_factory=list)
-    records: list[tuple[Record, int]] = field(default_factory=list)
+    n_rows: int = 0
+    n_tokens: int = 0
+    pieces: list[tuple[float, float, float, int]] = field(default_factory=list)
+    n_tagged: int = 0
+    tagged: float = 0
+    records: list[tuple[Record, int, float]] = field(default_factory=list)
     lengths: Counter[int] = field(default_factory=Counter)
     scripts: Counter[str] = field(default_factory=Counter)
     languages: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     windows: int = 0
-    distinct: set[bytes] = field(default_factory=set)
+    n_hashed: int = 0
+    distinct: set[int] = field(default_factory=set)
     real: int = 0
     computed: int = 0
-    long_texts: int = 0
+    long_texts: float = 0
     unknown_tokens: int = 0
     is_all: bool = True
-
-    @property
-    def n_rows(self) -> int:
-        return sum(rows for rows, _, _ in self.pieces)
-
-    @property
-    def n_tokens(self) -> int:
-        return sum(tokens for _, tokens, _ in self.pieces)
 
 
 def forecast(config: JobConfig, flags: PlanFlags) -> Forecast:
@@ -169,8 +178,9 @@ def forecast(config: JobConfig, flags: PlanFlags) -> Forecast:
     )
     pool = local_pool(config, os.cpu_count() or 1)
     started = time.monotonic()
+    device = None if config.num_gpus_per_actor else "cpu"  # a GPU that is here, or the CPU
     predictor = Predictor.load(
-        replace(config.predictor, model=str(model), n_threads=pool.cpus, device=None)
+        replace(config.predictor, model=str(model), n_threads=pool.cpus, device=device)
     )
     loading = time.monotonic() - started
     try:
@@ -178,11 +188,12 @@ def forecast(config: JobConfig, flags: PlanFlags) -> Forecast:
         speed = flags.tokens_per_s or measured_speed(predictor, sample)
     finally:
         predictor.close()
-    actors = config.actor_range[1] if config.actor_range else pool.max_actors
+    wanted = config.actor_range[1] if config.actor_range else pool.max_actors
     made = extrapolated(state.todo, sample)
-    actors = max(1, min(actors, len(state.todo)))
+    # Small units travel together, and one actor does them all.
+    actors = max(1, min(wanted, len(bundles(state.todo, config.bytes_per_unit))))
     # The driver loads the model too, to find its faults before the actors do.
-    start = RAY_SECONDS + 2 * loading
+    start = RAY_SECONDS + 2 * loading if len(state.todo) else 0.0
     seconds = None if speed is None else start + made["tokens"] / (speed * actors)
     forecast = Forecast(
         fingerprint=info.fingerprint,
@@ -191,8 +202,7 @@ def forecast(config: JobConfig, flags: PlanFlags) -> Forecast:
         units=len(state.todo),
         units_done=len(state.done),
         **made,
-        windows=_scaled(sample.windows, made["rows"], sample),
-        distinct_share=round(len(sample.distinct) / sample.windows, 4) if sample.windows else 1.0,
+        distinct_share=round(len(sample.distinct) / sample.n_hashed, 4) if sample.n_hashed else 1.0,
         padding_share=round(1 - sample.real / sample.computed, 4) if sample.computed else 0.0,
         sample_rows=sample.n_rows,
         max_batch_tokens=predictor.max_batch_tokens,
@@ -209,7 +219,9 @@ def forecast(config: JobConfig, flags: PlanFlags) -> Forecast:
         dead_letters=dict(sample.reasons.most_common()),
         warnings=[],
     )
-    return replace(forecast, warnings=list(warnings_of(config, forecast, sample, predictor)))
+    return replace(
+        forecast, warnings=list(warnings_of(config, forecast, sample, predictor, wanted))
+    )
 
 
 def save(config: JobConfig, forecast: Forecast) -> None:
@@ -258,53 +270,89 @@ def read_piece(
         text_flag=config.text_flag,
     )
     read, before = 0, 0.0
+    items: list[tuple[Record, Encoded]] = []
+    share, n_rows, n_tokens, n_windows, is_all = 0.0, 0, 0, 0, True
     for chunk in reader.chunks():
-        records = chunk.records()
-        n_bad = sum(bad.n_rows or 1 for bad in chunk.bad)
-        for bad in chunk.bad:
-            sample.reasons[f"{bad.failure.stage}: {bad.failure.error}"] += bad.n_rows or 1
-        share = chunk.share - before
-        kept = records if most is None else _spread(records, most - read)
-        if len(kept) < len(records):
-            share *= len(kept) / len(records)
-            sample.is_all = False
+        rows: list[Record | BadRow] = [*chunk.records(), *chunk.bad]
+        kept = rows if most is None else _spread(rows, most - read)
+        share += (chunk.share - before) * (len(kept) / len(rows) if rows else 1)
+        is_all = is_all and len(kept) == len(rows)
         before = chunk.share
-        n_tokens = _encode(predictor, kept, sample)
-        sample.pieces.append((len(kept) + n_bad, n_tokens, share * unit.n_bytes))
+        for bad in (row for row in kept if isinstance(row, BadRow)):
+            sample.reasons[f"{bad.failure.stage}: {bad.failure.error}"] += bad.n_rows or 1
+            n_rows += bad.n_rows or 1
+        records = [row for row in kept if isinstance(row, Record)]
+        n_rows += len(records)
+        for record, item in zip(records, predictor.encode(records), strict=True):
+            if isinstance(item, Failure):
+                sample.reasons[f"{item.stage}: {item.error}"] += 1
+            else:
+                items.append((record, item))
+        if most is None:  # each stands for itself, and there may be many
+            tokens, windows = _note(predictor, items, 1.0, sample)
+            n_tokens, n_windows, items = n_tokens + tokens, n_windows + windows, []
         read += len(kept)
         if most is not None and read >= most:
-            sample.is_all = sample.is_all and chunk.share >= 1
+            is_all = is_all and chunk.share >= 1
             break
+    sample.is_all = sample.is_all and is_all
+    known = unit.n_rows if unit.max_rows is None else unit.max_rows
+    if is_all:
+        weight = 1.0
+    elif known is not None and n_rows:
+        weight = known / n_rows
+    else:
+        weight = 1 / share if share else 1.0
+    tokens, windows = _note(predictor, items, weight, sample)
+    n_tokens, n_windows = n_tokens + tokens, n_windows + windows
+    sample.n_rows += n_rows
+    sample.pieces.append((weight * n_rows, weight * n_tokens, weight * n_windows, unit.n_bytes))
 
 
-def _spread(records: Sequence[Record], most: int) -> Sequence[Record]:
-    """So many records, drawn from all places: neighbours are often alike."""
-    if len(records) <= most:
-        return records
-    places = sorted(random.Random(len(records)).sample(range(len(records)), most))
-    return [records[i] for i in places]
+def _spread(rows: Sequence[Record | BadRow], most: int) -> Sequence[Record | BadRow]:
+    """So many rows, drawn from all places: neighbours are often alike."""
+    if len(rows) <= most:
+        return rows
+    places = sorted(random.Random(len(rows)).sample(range(len(rows)), most))
+    return [rows[i] for i in places]
 
 
-def _encode(predictor: Predictor, records: Sequence[Record], sample: Sample) -> int:
-    """Tokens of records, whose properties are noted."""
-    total = 0
+def _note(
+    predictor: Predictor, items: Sequence[tuple[Record, Encoded]], weight: float, sample: Sample
+) -> tuple[int, int]:
+    """Adds the properties of records, each of which stands for some; gives tokens and windows."""
+    n_tokens = n_windows = 0
     unknown = predictor.tokenizer.unk_token_id
-    for record, item in zip(records, predictor.encode(records), strict=True):
-        if isinstance(item, Failure):
-            sample.reasons[f"{item.stage}: {item.error}"] += 1
-            continue
-        total += item.n_tokens
-        sample.records.append((record, item.n_tokens))
-        sample.lengths[length_bin(item.n_tokens)] += 1
-        sample.windows += len(item.windows)
-        sample.distinct.update(window.ids.tobytes() for window in item.windows)
+    for record, item in items:
+        n_tokens += item.n_tokens
+        n_windows += len(item.windows)
+        sample.tagged += weight
+        _keep(sample, (record, item.n_tokens, weight))
+        if sample.n_hashed < MOST_HASHED:
+            sample.n_hashed += len(item.windows)
+            sample.distinct.update(hash(window.ids.tobytes()) for window in item.windows)
         sample.real += sum(len(window.ids) for window in item.windows)
         sample.computed += sum(map(predictor.size, item.windows))
-        sample.long_texts += _is_long(item)
         sample.unknown_tokens += int((item.token_ids == unknown).sum())
-        sample.scripts.update(scripts_of(record.text))
-        sample.languages[record.language or ""] += 1
-    return total
+        sample.long_texts += weight * _is_long(item)
+        sample.lengths[length_bin(item.n_tokens)] += weight  # type: ignore[assignment]
+        sample.languages[record.language or ""] += weight  # type: ignore[assignment]
+        for script in scripts_of(record.text):
+            sample.scripts[script] += weight  # type: ignore[assignment]
+    sample.n_tokens += n_tokens
+    sample.windows += n_windows
+    return n_tokens, n_windows
+
+
+def _keep(sample: Sample, record: tuple[Record, int, float]) -> None:
+    """Of all records some, each with the same chance: they are texts, and may be a whole corpus."""
+    sample.n_tagged += 1
+    if len(sample.records) < MOST_RECORDS:
+        sample.records.append(record)
+        return
+    place = random.Random(sample.n_tagged).randrange(sample.n_tagged)
+    if place < MOST_RECORDS:
+        sample.records[place] = record
 
 
 def _is_long(item: Encoded) -> bool:
@@ -330,28 +378,30 @@ def extrapolated(todo: pa.Table, sample: Sample) -> dict[str, Any]:
     if sample.is_all:
         return {
             "rows": sample.n_rows, "rows_error": 0.0, "tokens": sample.n_tokens,
-            "tokens_error": 0.0,
+            "tokens_error": 0.0, "windows": sample.windows,
         }  # fmt: skip
     rows_error = 0.0
     n_rows = n_known
     if len(unknown):
         n_bytes = pc.sum(unknown["n_bytes"]).as_py()
-        per_byte, error = ratio([(rows, size) for rows, _, size in sample.pieces])
+        per_byte, error = ratio([(rows, size) for rows, _, _, size in sample.pieces])
         n_rows += round(per_byte * n_bytes)
         rows_error = error * (n_rows - n_known) / max(1, n_rows)
-    per_row, error = ratio([(tokens, rows) for rows, tokens, _ in sample.pieces])
+    per_row, error = ratio([(tokens, rows) for rows, tokens, _, _ in sample.pieces])
+    windows_per_row, _ = ratio([(windows, rows) for rows, _, windows, _ in sample.pieces])
     return {
         "rows": n_rows,
         "rows_error": round(rows_error, 4),
         "tokens": round(per_row * n_rows),
         "tokens_error": round(math.hypot(error, rows_error), 4),
+        "windows": round(windows_per_row * n_rows),
     }
 
 
 def ratio(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """The sum of the first by the sum of the second, and half its 95 % interval as a share of it.
 
-    Pieces, not rows, are what was drawn: rows of one piece are alike.
+    Units, not rows, are what was drawn: rows of one unit are alike.
     """
     total, size = (sum(column) for column in zip(*pairs, strict=True)) if pairs else (0, 0)
     if not size or not total:
@@ -368,11 +418,13 @@ def measured_speed(predictor: Predictor, sample: Sample) -> float | None:
     """Tokens of text a second, from a draw of the sample as large as time allows."""
     if not sample.records:
         return None
-    drawn = random.Random(7).sample(sample.records, len(sample.records))
+    draw = random.Random(7).random
+    # In this order, each as likely as there are rows that it stands for.
+    drawn = sorted(sample.records, key=lambda item: draw() ** (1 / item[2]), reverse=True)
     warm = drawn[:WARM_UP_ROWS]
-    predictor.predict([record for record, _ in warm])
-    _, first = _timed(predictor, warm)
-    rate = max(1.0, sum(n for _, n in warm) / first)
+    _timed(predictor, warm)
+    n_tokens, first = _timed(predictor, warm)
+    rate = max(1.0, n_tokens / first)
     most, chosen = rate * MEASURED_SECONDS, []
     for item in drawn:
         chosen.append(item)
@@ -383,14 +435,10 @@ def measured_speed(predictor: Predictor, sample: Sample) -> float | None:
     return n_tokens / seconds if n_tokens else None
 
 
-def _timed(predictor: Predictor, items: Sequence[tuple[Record, int]]) -> tuple[int, float]:
+def _timed(predictor: Predictor, items: Sequence[tuple[Record, int, float]]) -> tuple[int, float]:
     started = time.perf_counter()
-    predictor.predict([record for record, _ in items])
-    return sum(n for _, n in items), max(1e-9, time.perf_counter() - started)
-
-
-def _scaled(value: int, n_rows: int, sample: Sample) -> int:
-    return round(value * n_rows / sample.n_rows) if sample.n_rows else 0
+    predictor.predict([record for record, _, _ in items])
+    return sum(n for _, n, _ in items), max(1e-9, time.perf_counter() - started)
 
 
 def _cost(seconds: float | None, actors: int, price: float | None) -> float | None:
@@ -401,7 +449,7 @@ def _lengths(bins: Counter[int]) -> list[dict[str, int]]:
     found = []
     for number in range(max(bins, default=-1) + 1):
         first, last = length_range(number)
-        found.append({"from": first, "to": last, "rows": bins[number]})
+        found.append({"from": first, "to": last, "rows": round(bins[number])})
     return found
 
 
@@ -414,10 +462,14 @@ def _shares(counts: Counter[str], most: int = 12) -> dict[str, float]:
 
 
 def warnings_of(
-    config: JobConfig, made: Forecast, sample: Sample, predictor: Predictor
+    config: JobConfig, made: Forecast, sample: Sample, predictor: Predictor, wanted: int
 ) -> Iterator[str]:
-    """What may surprise, and what to do about it."""
-    n_tagged, n_rows = len(sample.records), sample.n_rows
+    """What may surprise, and what to do about it.
+
+    Args:
+        wanted: actors, if there is enough work for them.
+    """
+    n_rows = sample.n_rows
     if not made.units:
         yield "nothing is left to do: all input files have been tagged with these settings"
         return
@@ -428,9 +480,9 @@ def warnings_of(
             f"{n_dead / n_rows:.1%} of the rows read would become dead letters, most of them by "
             f"{reason}: look at the column {config.text_column}, or raise --max-dead-letters"
         )
-    if n_tagged and sample.long_texts / n_tagged > LONG_SHARE:
+    if sample.tagged and sample.long_texts / sample.tagged > LONG_SHARE:
         yield (
-            f"{sample.long_texts / n_tagged:.0%} of the texts are longer than a window "
+            f"{sample.long_texts / sample.tagged:.0%} of the texts are longer than a window "
             f"({predictor.config.window_tokens} tokens) and are read in several"
         )
     if sample.n_tokens and sample.unknown_tokens / sample.n_tokens > UNKNOWN_SHARE:
@@ -443,9 +495,9 @@ def warnings_of(
         yield "the model's labels have no names (LABEL_0, …): set id2label in its config.json"
     if config.num_gpus_per_actor and predictor.device.type == "cpu":
         yield "there is no GPU here: the speed is that of a CPU; give --tokens-per-s"
-    if made.units < made.actors * 2 and made.actors > 1:
-        yield f"only {made.units} units for {made.actors} actors: lower --unit-bytes"
     if made.tokens_per_s:
+        if made.units < 2 * wanted and wanted > 1 and made.tokens / made.tokens_per_s > WORK_S:
+            yield f"only {made.units} units for {wanted} actors: lower --unit-bytes"
         longest = made.tokens / made.units / made.tokens_per_s
         if longest > LONG_UNIT_S:
             minutes = f"{longest / 60:.0f} minutes"

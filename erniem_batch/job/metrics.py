@@ -4,6 +4,7 @@ The dashboard in deploy/grafana-batch.json draws them. Ray keeps them for Promet
 nobody does, they cost nothing.
 """
 
+import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ class ActorMetrics:
 
         self._tags = {"task": task}
         self._told: dict[Any, float] = {}
+        self._telling = threading.Lock()  # an actor works on several units
 
         def counter(name: str, text: str, *tags: str) -> "Counter":
             return Counter(f"erniem_batch_{name}", text, tag_keys=("task", *tags))
@@ -59,24 +61,26 @@ class ActorMetrics:
             counts, reasons: of the unit so far.
             figures: of the actor so far.
         """
-        for outcome in ("ok", "dead"):
-            self._add(self._rows, counts[f"n_{outcome}"], unit, outcome=outcome)
-        self._add(self._tokens, counts["n_tokens"], unit)
-        self._add(self._windows, counts["n_windows"], unit)
-        self._add(self._found, counts["n_found"], unit)
-        for (stage, error), n_rows in reasons.items():
-            self._add(self._letters, n_rows, unit, stage=stage, error=error)
-        self._add(self._padding, figures["padded_tokens"] - figures["real_tokens"])
-        for name, value in figures.items():
-            if name.endswith("_seconds"):
-                self._add(self._stages, value, stage=name.removesuffix("_seconds"))
+        with self._telling:
+            for outcome in ("ok", "dead"):
+                self._add(self._rows, counts[f"n_{outcome}"], unit, outcome=outcome)
+            self._add(self._tokens, counts["n_tokens"], unit)
+            self._add(self._windows, counts["n_windows"], unit)
+            self._add(self._found, counts["n_found"], unit)
+            for (stage, error), n_rows in reasons.items():
+                self._add(self._letters, n_rows, unit, stage=stage, error=error)
+            self._add(self._padding, figures["padded_tokens"] - figures["real_tokens"])
+            for name, value in figures.items():
+                if name.endswith("_seconds"):
+                    self._add(self._stages, value, stage=name.removesuffix("_seconds"))
 
     def unit_done(self, unit: str, seconds: float, n_bytes: int) -> None:
         """After a unit."""
         self._seconds.observe(seconds, tags=self._tags)
         if n_bytes:
             self._bytes.inc(n_bytes, tags=self._tags)
-        self._told = {key: value for key, value in self._told.items() if key[1] != unit}
+        with self._telling:
+            self._told = {key: value for key, value in self._told.items() if key[1] != unit}
 
     def _add(self, counter: "Counter", value: float, unit: str = "", **tags: str) -> None:
         """Raises a counter by what has come since the last time."""

@@ -36,13 +36,16 @@ def page(report: Mapping[str, Any], samples: Sequence[Any] = ()) -> str:
 
 
 def by_language(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Labels by language, as a table of shares."""
+    """Labels by language, as a table of shares and mean scores."""
     labels = [item for item in report["labels"] if item["label"]][:MOST_LABELS]
     languages = [item["language"] for item in report["languages"] if item["language"]]
     rows = []
     for language in languages[:MOST_LANGUAGES]:
-        counts = [item["languages"].get(language, 0) for item in labels]
         total = sum(item["languages"].get(language, 0) for item in report["labels"])
         if total:
-            rows.append({"language": language, "n": total, "shares": [n / total for n in counts]})
+            cells = [
+                (item["languages"].get(language, 0) / total, item["mean_scores"].get(language))
+                for item in labels
+            ]
+            rows.append({"language": language, "n": total, "cells": cells})
     return {"labels": [item["label"] for item in labels], "rows": rows}

@@ -8,6 +8,7 @@ from collections import Counter
 from typing import Any, Self
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -31,29 +32,35 @@ class ProgressCounter:
     """Counts of all actors, added up in one small Ray actor."""
 
     def __init__(self) -> None:
-        self._units: dict[str, tuple[int, int, float]] = {}
+        self._units: dict[str, tuple[int, int, int]] = {}
+        self._sums = [0, 0, 0]
         self._at_work: dict[str, str] = {}
         self._figures: dict[str, dict[str, float]] = {}
 
-    def add(self, actor: str, unit_id: str, n_rows: int, n_tokens: int, share: float) -> None:
+    def add(
+        self, actor: str, unit_id: str, n_rows: int, n_tokens: int, n_bytes: int, done: bool
+    ) -> None:
         """How far a unit is; a unit begun again begins at zero.
 
         Args:
-            n_rows, n_tokens: of the unit so far.
-            share: of the unit's bytes, 0 to 1.
+            n_rows, n_tokens, n_bytes: of the unit so far.
+            done: whether all of it has been read and tagged.
         """
-        self._units[unit_id] = (n_rows, n_tokens, share)
+        before = self._units.get(unit_id, (0, 0, 0))
+        now = self._units[unit_id] = (n_rows, n_tokens, n_bytes)
+        self._sums = [s + n - b for s, n, b in zip(self._sums, now, before, strict=True)]
         self._at_work[unit_id] = actor
-        if share >= 1:
+        if done:
             del self._at_work[unit_id]
 
     def report(self, actor: str, figures: dict[str, float]) -> None:
         """What an actor has done so far, by name."""
         self._figures[actor] = figures
 
-    def units(self) -> tuple[dict[str, tuple[int, int, float]], int]:
-        """Rows, tokens and share of each unit begun, and the number of actors at work."""
-        return self._units, len(set(self._at_work.values()))
+    def sums(self) -> tuple[int, int, int, int]:
+        """Rows, tokens and bytes of all units, and the number of actors at work."""
+        n_rows, n_tokens, n_bytes = self._sums
+        return n_rows, n_tokens, n_bytes, len(set(self._at_work.values()))
 
     def figures(self) -> dict[str, float]:
         """Those of all actors, added up."""
@@ -107,8 +114,7 @@ class Progress:
     """Shows the counts of a ProgressCounter while the `with` block runs."""
 
     def __init__(self, units: pa.Table, counter: Any, metrics: DriverMetrics) -> None:
-        sizes = (max(size, 1) for size in units["n_bytes"].to_pylist())
-        self._bytes = dict(zip(units["id"].to_pylist(), sizes, strict=True))
+        self._n_bytes = pc.sum(pc.max_element_wise(units["n_bytes"], pa.scalar(1))).as_py()
         self._n_units = len(units)
         self._counter = counter
         self._metrics = metrics
@@ -138,7 +144,7 @@ class Progress:
         if self._bars is not None:
             self._bars.start()
             self._task = self._bars.add_task(
-                "tagging", total=sum(self._bytes.values()), counts="starting the model"
+                "tagging", total=self._n_bytes, counts="starting the model"
             )
         self._thread.start()
         return self
@@ -148,6 +154,8 @@ class Progress:
         self._thread.join(timeout=1.0)  # after SIGTERM there is no time to wait for an answer
         if self._bars is not None:
             self._bars.stop()
+        n_done = self._finished - self._failed
+        self._metrics.report(n_done, self._failed, self._n_units, 0, n_done / self._n_units, 0.0)
 
     def finished(self, receipt: Receipt) -> None:
         """Takes note of a unit that is done; a failed one is told at once."""
@@ -162,14 +170,12 @@ class Progress:
         logged = time.monotonic()
         while not self._stop.wait(ASK_EVERY_S):
             try:
-                units, n_actors = ray.get(self._counter.units.remote(), timeout=5)
+                sums = ray.get(self._counter.sums.remote(), timeout=5)
             except ray.exceptions.RayError:
                 continue  # only the display waits
-            n_rows = sum(rows for rows, _, _ in units.values())
-            n_tokens = sum(tokens for _, tokens, _ in units.values())
-            done = sum(self._bytes.get(unit, 0) * share for unit, (_, _, share) in units.items())
+            n_rows, n_tokens, n_bytes, n_actors = sums
             seconds = time.monotonic() - self._started
-            share = done / sum(self._bytes.values())
+            share = n_bytes / self._n_bytes
             left = seconds * (1 - share) / share if share else 0.0
             self.timeline.add(seconds, n_tokens, n_actors)
             if self._bars is not None:
@@ -177,7 +183,7 @@ class Progress:
                 counts = (
                     f"{n_rows:,} rows  {rate:,.0f} tokens/s" if n_rows else "starting the model"
                 )
-                self._bars.update(self._task, completed=done, counts=counts)
+                self._bars.update(self._task, completed=n_bytes, counts=counts)
             if time.monotonic() - logged > LOG_EVERY_S:
                 logged = time.monotonic()
                 self._log(n_rows, n_tokens / seconds, share, left, n_actors)

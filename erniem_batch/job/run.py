@@ -5,7 +5,6 @@ of the plan are not done?".
 """
 
 import logging
-import os
 import signal
 import threading
 import time
@@ -18,10 +17,10 @@ from typing import Any
 import pyarrow as pa
 
 from erniem_batch import storage
-from erniem_batch.errors import ConfigError, StorageError
+from erniem_batch.errors import ConfigError, StorageError, fault_of
 from erniem_batch.job import attempts
 from erniem_batch.job.actor import Assignment, Receipt
-from erniem_batch.job.cluster import alive_nodes, check_room, cluster_pool, connect, local_pool
+from erniem_batch.job.cluster import connect, find_pool, is_connected
 from erniem_batch.job.config import JobConfig
 from erniem_batch.job.details import Comparison, details, files_with_rows, forecast_of
 from erniem_batch.job.finish import finish
@@ -56,6 +55,11 @@ from erniem_batch.predictor import Predictor
 logger = logging.getLogger(__name__)
 
 OnReceipt = Callable[[Receipt], None]
+
+NO_PAGE = (
+    '<!doctype html><meta charset="utf-8"><title>report</title>'
+    '<p>This page could not be made: see <a href="report.json">report.json</a>, and the log.</p>'
+)
 
 
 class Stopped(BaseException):
@@ -107,11 +111,17 @@ def replay_job(
 
     Raises: as run_job.
     """
-    info = RunFolder(storage.normal(output)).read_info()
+    folder = RunFolder(storage.normal(output))
+    info = folder.read_info()
     if info is None or read_manifest(storage.normal(output)) is None:
         raise ConfigError(f"{output} holds no complete run: dead letters are replayed after it")
     known = {name: info.job[name] for name in JobConfig.__dataclass_fields__ if name in info.job}
     known["options"] = options_of(info.job["task"], info.job["options"])
+    # The gate that the last run did not pass is still there; one that it passed is behind it.
+    last = folder.read_report() or {}
+    shut = bool(last.get("exit_code"))
+    known["compare"] = last["compared_with"] if shut else None
+    known["fail_on_drift"] = shut and last["fail_on_drift"]
     config = JobConfig(**{**known, **changes, "output": output, "overwrite": False})
     return _run(config, on_receipt, replay=True)
 
@@ -156,7 +166,6 @@ def _go_on(
         del found  # as large as the plan
         state = folder.assess(units, info)
         forecast = forecast_of(folder, info, len(state.todo))
-        there = state.done["unit_id"].combine_chunks()
     logger.info("units=%d done=%d", len(units), len(state.done))
     work = Work([])
     if len(state.todo):
@@ -179,19 +188,29 @@ def _go_on(
         )
         work = tag_units(folder, info, state.todo, assignment, lease, on_receipt)
         state = folder.assess(units, info)
-    comparison = comparison.made(folder, info, state, there)
+    comparison = comparison.made(folder, info, state, units)
     report = make_report(config, info, folder.output, state, work, removed, comparison, started)
 
     def write_report() -> None:
         values = details(
             config, info, state, report, comparison, work.figures, work.timeline, forecast
         )
-        files = files_with_rows(state)
-        shown = samples(config, folder.output, files, config.report_samples)
-        folder.write_report(values, page(values, shown))
+        folder.write_report(values, _page(config, folder.output, state, values))
 
     finish(folder, info, plan, state, report, lease, write_report)
     return report
+
+
+def _page(config: JobConfig, output: str, state: State, values: dict[str, Any]) -> str:
+    """report.html. No fault in it is worth a finished run."""
+    try:
+        files = files_with_rows(state) if config.report_samples else []
+        return page(values, samples(config, output, files, config.report_samples))
+    except StorageError:
+        raise
+    except Exception as error:
+        logger.error("report.html could not be made, report.json has it all: %s", fault_of(error))
+        return NO_PAGE
 
 
 @contextmanager
@@ -265,6 +284,7 @@ def tag_units(
 ) -> Work:
     """Works on units; receipts go into the ledger as they come."""
     config = assignment.config
+    leave = not is_connected()
     own_cluster = connect(config)
     _listen()  # Ray has put a handler of its own in place
     import ray
@@ -272,9 +292,7 @@ def tag_units(
     ledger = LedgerWriter(folder, info.generation)
     receipts: list[Receipt] = []
     try:
-        cores = os.cpu_count() or 1
-        pool = local_pool(config, cores) if own_cluster else cluster_pool(config, alive_nodes())
-        check_room(pool)
+        pool = find_pool(config, own_cluster)
         unmark_success(folder.output)
         working = time.monotonic()
         counter = start_counter()
@@ -284,19 +302,19 @@ def tag_units(
             for receipt in stream(units, assignment, pool, counter):
                 lease.check()
                 progress.finished(receipt)
-                receipts.append(receipt)
+                receipts.append(replace(receipt, findings=""))  # kilobytes each: the ledger's
                 if not receipt.error:
                     ledger.add(receipt)
                 if on_receipt is not None:
                     on_receipt(receipt)
         figures = read_figures(counter)
     except Stopped:
-        own_cluster = False  # it ends with this process; in good order that takes seconds
+        leave = False  # that is for the end of this process; in good order it takes seconds
         raise
     finally:
         ledger.flush()
-        if own_cluster:
-            ray.shutdown()
+        if leave:
+            ray.shutdown()  # says what it has to say, before the line of the report
     seconds = time.monotonic() - working
     return Work(receipts, seconds, figures, progress.timeline.points)
 

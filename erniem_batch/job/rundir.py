@@ -28,9 +28,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from erniem_batch import storage
-from erniem_batch.errors import ConfigError
+from erniem_batch.errors import ConfigError, StorageError
 from erniem_batch.job.actor import RECEIPT_SCHEMA, Receipt, receipt_of_file
-from erniem_batch.job.findings import LETTER, SUM_SCHEMA, findings_table, summed
+from erniem_batch.job.findings import LETTER, SUM_SCHEMA, capped, findings_table, summed
 from erniem_batch.job.findings import UNIT_SCHEMA as FINDINGS_SCHEMA
 from erniem_batch.job.units import BATCH, UNIT_SCHEMA
 from erniem_batch.storage import FileInfo
@@ -40,6 +40,8 @@ LOOKING_THREADS = 16
 LEDGER_ROWS = 1000  # receipts in a segment of the ledger at most
 LEDGER_S = 5.0  # and seconds that a receipt waits to be written
 LEDGER_SEGMENTS = 64  # more are written anew as one
+TRIES = 5  # to read them while they are
+SUMMED_ROWS = 2_000_000  # of findings in memory, before they are added up
 
 PLAN_SCHEMA = UNIT_SCHEMA.append(pa.field("edition", pa.int64()))
 # Columns of the plan beside those of the receipts, for units that are done.
@@ -156,11 +158,14 @@ class RunFolder:
 
     # ---- ledger -------------------------------------------------------------------------------
 
-    def read_ledger(self, generation: int) -> pa.Table:
-        """Receipts, the last one of each output."""
-        paths = self._segments("ledger", generation)
-        table = _concat(paths, RECEIPT_SCHEMA)
-        if len(paths) > LEDGER_SEGMENTS:
+    def read_ledger(self, generation: int, *, tidy: bool = False) -> pa.Table:
+        """Receipts, the last one of each output.
+
+        Args:
+            tidy: whether many segments are put together, which only he may do who writes here.
+        """
+        paths, table = self._read_segments("ledger", generation, RECEIPT_SCHEMA)
+        if tidy and len(paths) > LEDGER_SEGMENTS:
             self.add_to_ledger(generation, table)
             storage.delete(paths)
         names = _flat(table["output"]).dictionary_encode().indices.to_numpy()
@@ -191,14 +196,16 @@ class RunFolder:
         paths = self._segments("findings", generation)
         if len(paths) > LEDGER_SEGMENTS:
             paths = [self._merge_findings(generation, paths)]
-        total = SUM_SCHEMA.empty_table()
-        for batch in _newest_of_each_unit(paths):
+        total, batches, n_rows = SUM_SCHEMA.empty_table(), [], 0
+        for batch in _newest_of_each_unit(paths, set(unit_ids.to_pylist())):
             gone = pc.and_(
                 pc.equal(batch["kind"], LETTER), pc.is_in(batch["unit_id"], value_set=retired)
             )
-            mine = pc.and_not(pc.is_in(batch["unit_id"], value_set=unit_ids), gone)
-            total = summed([total, batch.filter(mine)])
-        return total
+            batches.append(batch.filter(pc.invert(gone)))
+            n_rows += len(batch)
+            if n_rows > SUMMED_ROWS:
+                total, batches, n_rows = capped(summed([total, *batches])), [], 0
+        return capped(summed([total, *batches]))
 
     def _merge_findings(self, generation: int, paths: Sequence[str]) -> str:
         """Many segments as one, without holding them all."""
@@ -207,7 +214,7 @@ class RunFolder:
             storage.new_file(merged) as file,
             pq.ParquetWriter(file, FINDINGS_SCHEMA, compression="zstd") as writer,
         ):
-            for batch in _newest_of_each_unit(paths):
+            for batch in _newest_of_each_unit(paths, None):
                 writer.write_table(batch)
         storage.delete(paths)
         return merged
@@ -216,6 +223,17 @@ class RunFolder:
         # Names sort by time; the random part keeps two writers from meeting.
         name = f"{generation:03d}-{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
         return f"{self._folder}/{kind}/{name}.parquet"
+
+    def _read_segments(
+        self, kind: str, generation: int, schema: pa.Schema
+    ) -> tuple[list[str], pa.Table]:
+        for _ in range(TRIES):
+            paths = self._segments(kind, generation)
+            try:
+                return paths, _concat(paths, schema)
+            except FileNotFoundError:  # a run has put them together meanwhile
+                continue
+        raise StorageError(f"{self._folder}/{kind}: changes faster than it can be read")
 
     def _segments(self, kind: str, generation: int) -> list[str]:
         return sorted(path for path in self._list(kind) if _generation(path) == generation)
@@ -241,8 +259,10 @@ class RunFolder:
         recent = [p for p, t in zip(paths, times, strict=True) if t > times[-1] - seconds]
         if len(recent) < 2:
             return RECEIPT_SCHEMA.empty_table(), 0.0
-        # The first of them began it: its units are older.
-        return _concat(recent[1:], RECEIPT_SCHEMA), times[-1] - _written(recent[0])
+        try:  # the first of them began it: its units are older
+            return _concat(recent[1:], RECEIPT_SCHEMA), times[-1] - _written(recent[0])
+        except FileNotFoundError:  # the run has just put them together
+            return RECEIPT_SCHEMA.empty_table(), 0.0
 
     # ---- what is done -------------------------------------------------------------------------
 
@@ -261,10 +281,10 @@ class RunFolder:
         """Which units are done, by the ledger, one listing, and a look into unknown files.
 
         Args:
-            dry: what was found in these is not written down.
+            dry: nothing is written, for it may be that a run is at work.
         """
         listing = self.listing() if listing is None else listing
-        ledger = self.read_ledger(info.generation)
+        ledger = self.read_ledger(info.generation, tidy=not dry)
         suffix = pa.scalar(info.settings["output-format"])
         files = pc.binary_join_element_wise(units["output"], suffix, ".").combine_chunks()
         size = _look_up(files, listing["file"], listing["size"])
@@ -413,17 +433,25 @@ class LedgerWriter:
         self._written = time.monotonic()
 
 
-def _newest_of_each_unit(paths: Sequence[str]) -> Iterator[pa.Table]:
-    """Rows of segments, in pieces; of a unit that several tell of, those of the newest."""
-    told = pa.array([], pa.string())
+def _newest_of_each_unit(paths: Sequence[str], wanted: set[str] | None) -> Iterator[pa.Table]:
+    """Rows of segments, in pieces; of a unit that several tell of, those of the newest.
+
+    Args:
+        wanted: units; None: all.
+    """
+    # Python's sets: Arrow would hash all that it knows of a million units for every piece.
+    told: set[str] = set()
     for path in sorted(paths, reverse=True):
-        units: list[pa.Array] = [told]
+        here: set[str] = set()
         with storage.InputFile(path) as source:
             for batch in pq.ParquetFile(pa.PythonFile(source, mode="r")).iter_batches():
                 table = pa.Table.from_batches([batch])
-                units.append(table["unit_id"].unique())
-                yield table.filter(pc.invert(pc.is_in(table["unit_id"], value_set=told)))
-        told = pa.chunked_array(units).unique()
+                new = set(table["unit_id"].unique().to_pylist()) - told
+                new = new if wanted is None else new & wanted
+                here |= new
+                values = pa.array(list(new), pa.string())
+                yield table.filter(pc.is_in(table["unit_id"], value_set=values))
+        told |= here
 
 
 def _concat(paths: Sequence[str], schema: pa.Schema) -> pa.Table:

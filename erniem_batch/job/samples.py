@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+
 from erniem_batch import storage
 from erniem_batch.job.config import JobConfig
 
@@ -37,15 +39,23 @@ def samples(config: JobConfig, output: str, files: Sequence[str], wanted: int) -
     chosen = [files[i * len(files) // n_files] for i in range(n_files)]
     found = []
     for i, name in enumerate(chosen):
-        table = storage.read_table(storage.join(output, name))
+        table = _shown_columns(config, storage.read_table(storage.join(output, name)))
         n_rows = min(len(table), wanted // n_files + (i < wanted % n_files))
         places = [j * len(table) // n_rows for j in range(n_rows)]
         found += [sample_of(config, row) for row in table.take(places).to_pylist()]
     return found
 
 
+def _shown_columns(config: JobConfig, table: pa.Table) -> pa.Table:
+    """No others: Python has no values for every date or time that Arrow has."""
+    read = [config.text_column, *config.fields.values()]
+    wanted = {*read, *(name.partition(".")[0] for name in read), *config.options.added_columns}
+    return table.select([name for name in table.column_names if name in wanted])
+
+
 def sample_of(config: JobConfig, row: Row) -> Sample:
     """One row."""
+    row = {**row, **{name: _value(row, column) for name, column in config.fields.items()}}
     text = _value(row, config.text_column)
     text = text if isinstance(text, str) else ""
     unit = getattr(config.options, "offset_unit", "codepoint")

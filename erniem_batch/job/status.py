@@ -12,6 +12,7 @@ from erniem_batch.errors import ConfigError
 from erniem_batch.job import attempts
 from erniem_batch.job.lease import BEAT_S, ENDED, FAILED, STOPPED, Holder, Lease, is_dead
 from erniem_batch.job.manifest import SUCCESS
+from erniem_batch.job.report import totals
 from erniem_batch.job.rundir import RunFolder, current_units
 
 RUNNING, DEAD, PLANNING = "running", "dead", "not planned yet"
@@ -89,7 +90,9 @@ def status(output: str) -> Status:
     sizes = pc.max_element_wise(units["n_bytes"], pa.scalar(1))
     n_bytes, n_done = _sum(sizes), _sum(sizes.filter(_among(units["id"], done["unit_id"])))
     share = n_done / n_bytes if n_bytes else 0.0
-    n_tokens = _sum(done["n_tokens"])
+    place = pc.index_in(done["unit_id"], value_set=units["id"].combine_chunks())
+    sums = totals(done.append_column("retires", units["retires"].take(place)))
+    n_tokens = sums["n_tokens"]
     speed = _speed(folder, info.generation) if state == RUNNING else None
     report = folder.read_report() or {}
     return Status(
@@ -102,9 +105,9 @@ def status(output: str) -> Status:
         units=len(units),
         units_done=len(done),
         done_share=round(share, 4),
-        rows=_sum(done["n_rows"]),
-        n_ok=_sum(done["n_ok"]),
-        n_dead=_sum(done["n_dead"]),
+        rows=sums["n_rows"],
+        n_ok=sums["n_ok"],
+        n_dead=sums["n_dead"],
         n_tokens=n_tokens,
         n_repeated=attempts.n_repeated(path),
         tokens_per_s=None if speed is None else round(speed, 1),

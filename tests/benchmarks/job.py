@@ -67,7 +67,7 @@ def main(
         naive_batch = None
         if peers is not None:
             write_corpus(scratch / "few", model, texts // 8)
-            python = pythons(peers)["hf4"]
+            python = pythons(peers, ["hf4"])["hf4"]
             tried = {
                 size: naive(python, model, scratch / "few", scratch / f"few{size}", threads, size)
                 for size in NAIVE_BATCHES

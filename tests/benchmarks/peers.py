@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import venv
+from collections.abc import Iterable
 from pathlib import Path
 
 NEEDS = {
@@ -21,10 +22,11 @@ NEEDS = {
 }
 
 
-def pythons(folder: Path) -> dict[str, Path]:
+def pythons(folder: Path, names: Iterable[str] = NEEDS) -> dict[str, Path]:
     """The interpreter of each; what is not there yet is installed, which takes minutes."""
     found = {}
-    for name, needs in NEEDS.items():
+    for name in names:
+        needs = NEEDS[name]
         python = folder / name / "bin" / "python"
         if not python.exists():
             print(f"installing {', '.join(needs)} …", file=sys.stderr)

@@ -12,6 +12,8 @@ text when it has its answer. `short` texts have 10 to 40 tokens, of many languag
             Lists of 32, what 32 clients have under way at a time, are the mark, 100 %; all in one
             call can be sorted by length, which no service can do.
   ours      `erniem-batch serve` behind Ray Serve's own proxy.
+  direct    The same, asked past the proxy at the replica's own port (Ray's direct ingress), as a
+            load balancer would.
   naive     transformers behind `@serve.batch`, as tutorials have it. It cuts long texts off, so of
             `mixed` it computes less: compare tokens/s.
   infinity  infinity-emb, of the Python given, for classification and embeddings. It does not know
@@ -46,7 +48,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -66,7 +68,7 @@ DEMO_VOCAB = REPOSITORY / "erniem_batch" / "demo" / "encoder"
 CLIENTS = (1, 8, 32, 128)
 KINDS = ("short", "mixed")
 TASKS = ("ner", "classify", "embed")
-NAMES = ("ours", "naive", "infinity")
+NAMES = ("ours", "direct", "naive", "infinity")
 START_S = 300
 STOP_S = 60
 ANSWER_S = 300
@@ -136,6 +138,15 @@ def contenders(folder: Path, threads: int, infinity_python: Path | None) -> list
             "embed": ("/v1/embeddings", lambda text: {"input": text}),
         },
     )  # fmt: skip
+    direct = replace(
+        ours,
+        name="direct",
+        command=["OTHER" if part == "PORT" else part for part in ours.command],
+        environment={
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": "PORT",
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": "65000",
+        },
+    )
     naive = Contender(
         name="naive",
         command=[sys.executable, str(PARTS / "naive.py"), str(model / "ner"), "PORT", str(threads)],
@@ -144,7 +155,7 @@ def contenders(folder: Path, threads: int, infinity_python: Path | None) -> list
         environment={"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)},
     )
     if infinity_python is None:
-        return [ours, naive]
+        return [ours, direct, naive]
     infinity = Contender(
         name="infinity",
         command=[
@@ -160,19 +171,19 @@ def contenders(folder: Path, threads: int, infinity_python: Path | None) -> list
         },
         environment={"DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
     )  # fmt: skip
-    return [ours, naive, infinity]
+    return [ours, direct, naive, infinity]
 
 
 @contextmanager
 def running(contender: Contender, folder: Path, threads: int) -> Iterator[str]:
     """The address of a server that answers, for as long as it is needed."""
     port = free_port()
-    command = [str(port) if part == "PORT" else part for part in contender.command]
+    ports = {"PORT": str(port), "OTHER": str(free_port())}
+    command = [ports.get(part, part) for part in contender.command]
+    own = {name: ports.get(value, value) for name, value in contender.environment.items()}
     log_path = folder / f"{contender.name}.log"
     with log_path.open("ab") as log:
-        process = subprocess.Popen(
-            command, env=environment(threads) | contender.environment, stdout=log, stderr=log
-        )
+        process = subprocess.Popen(command, env=environment(threads) | own, stdout=log, stderr=log)
     try:
         address = f"http://127.0.0.1:{port}"
         wait_for_answer(contender, address, process, log_path)
@@ -234,7 +245,7 @@ def measure_server(
     """All of a server, started for it."""
     found: dict[Key, Load] = {}
     with running(contender, folder, threads) as address:
-        for kind, many in paired.items() if contender.name == "ours" else ():
+        for kind, many in paired.items() if contender.name == "ours" else ():  # by the proxy
             many.append(measure_added(address, folder, kind, seconds, threads))
         warm: set[tuple[str, str]] = set()
         for task, kind, n_clients in plan:
@@ -398,25 +409,25 @@ def targets(
     """What the service promises, and whether it holds; None where the mark itself moved, since
     then something else was running, and nothing can be said."""
     found: list[dict[str, Any]] = []
-    for kind, mark in bare.items():
-        busy = loads.get(("ours", "ner", kind, TARGET_CLIENTS))
+    for (kind, mark), name in product(bare.items(), ("ours", "direct")):
+        busy = loads.get((name, "ner", kind, TARGET_CLIENTS))
         if busy is not None:
             share = busy["texts_per_s"] / mark["lists"]["texts_per_s"]
             is_steady = spreads[kind] <= STEADY
-            found.append({"target": f"{kind}: share of bare at {TARGET_CLIENTS} clients",
+            found.append({"target": f"{name} {kind}: share of bare at {TARGET_CLIENTS} clients",
                           "limit": TARGET_SHARE, "is": round(share, 3),
                           # A short run ends before its longest texts do: then tokens compare.
                           "in_tokens": ratio(busy, mark["lists"], "tokens_per_s"),
                           "of_all_in_one_call": ratio(busy, mark["all"], "texts_per_s"),
                           "met": share >= TARGET_SHARE if is_steady else None,
                           "bare_varied_by": spreads[kind]})  # fmt: skip
-            if kind in paired:
+            if kind in paired and name == "ours":
                 empty = paired[kind]["empty_per_s"]
                 found[-1]["possible"] = round(1 / (1 + mark["lists"]["texts_per_s"] / empty), 3)
                 found[-1][f"with_{LIST}_a_request"] = ratio(
                     paired[kind]["in_lists"], mark["lists"], "tokens_per_s"
                 )
-        if kind in paired:
+        if kind in paired and name == "ours":
             added = paired[kind]["added_ms"]
             found.append({"target": f"{kind}: ms added to a forward pass, p50, 1 client",
                           "limit": TARGET_ADDED_MS, "is": round(added, 1),
@@ -434,7 +445,7 @@ def ratios(loads: Mapping[Key, dict[str, Any]]) -> dict[str, float]:
     for (name, task, kind, n_clients), load in loads.items():
         mine = loads.get(("ours", task, kind, n_clients))
         unit = "tokens_per_s" if name == "naive" else "texts_per_s"
-        if name != "ours" and mine is not None and load[unit]:
+        if name not in ("ours", "direct") and mine is not None and load[unit]:
             found[f"{name} {task} {kind} {n_clients}"] = round(mine[unit] / load[unit], 2)
     return found
 

@@ -21,7 +21,8 @@ MANIFEST = "_manifest.json"
 SUCCESS = "_SUCCESS"
 # Of a dead letter, what may differ between two runs.
 OWN_OF_A_RUN = ("time", "attempts")
-KEPT = ("_run/run.json", "_run/lease.json", "_run/report.json")
+KEPT = ("_run/run.json", "_run/lease.json", "_run/report.json", "_run/report.html")
+RECORDS = ("_run/plan", "_run/ledger", "_run/findings")
 SCORE_TOLERANCE = 1e-5
 
 
@@ -99,7 +100,7 @@ def _stray_files(output: str, result: Result) -> Iterator[str]:
     for name in sorted(names_in(output)):
         folder, _, last = name.rpartition("/")
         is_lock = last.startswith(".") and last.endswith(".lock")
-        is_record = folder in ("_run/plan", "_run/ledger") and last.endswith(".parquet")
+        is_record = folder in RECORDS and last.endswith(".parquet")
         if name not in known and not is_lock and not (is_record and not last.startswith(".")):
             yield f"stray file {name}"
 

@@ -267,6 +267,7 @@ def test_other_settings_are_refused(parquet_run, corpus, ner_model_dir, no_ray, 
     assert _state(output) == before
 
 
+@pytest.mark.slow  # a shorter one of the same name is in test_resume.py
 def test_night_after_night(tmp_path, ner_model_dir, local_ray):
     """New, changed and removed files; an output that is lost; other settings; each but once."""
     source, output = tmp_path / "in", tmp_path / "out"
@@ -315,6 +316,7 @@ def test_a_ledger_that_is_lost(tmp_path, ner_model_dir, local_ray, monkeypatch):
     }
 
 
+@pytest.mark.slow  # test_bad_input.py replays what is bad in more ways
 @pytest.mark.parametrize(("suffix", "output_format"), [("jsonl", "jsonl"), ("parquet", "parquet")])
 def test_replay(tmp_path, ner_model_dir, local_ray, monkeypatch, suffix, output_format):
     """A row that once could not be tagged is tagged; the input may be gone by then."""
@@ -403,6 +405,7 @@ def _content(path):
     return path.read_bytes() if path.is_file() else b""
 
 
+@pytest.mark.slow  # test_bad_input.py has one that kills and one that hangs
 def test_a_row_that_kills_its_process(tmp_path, ner_model_dir, local_ray, monkeypatch):
     """It ends in the dead letters, and no row beside it, nor of the other unit in the process."""
     killers = [("b.parquet", 7), ("b.parquet", 21), ("c.parquet", 0)]

@@ -175,7 +175,12 @@ def test_files_of_others_are_not_written_over(tmp_path, ner_model_dir):
 
 
 @pytest.mark.parametrize(
-    ("kind", "output_format"), [("s3", "parquet"), ("s3", "jsonl"), ("gs", "parquet")]
+    ("kind", "output_format"),
+    [
+        ("s3", "parquet"),
+        pytest.param("s3", "jsonl", marks=pytest.mark.slow),
+        ("gs", "parquet"),
+    ],
 )
 def test_object_storage(tmp_path, ner_model_dir, request, monkeypatch, kind, output_format):
     """Model too: read, written and gone on with, and the same as from the local disk."""

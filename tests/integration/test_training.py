@@ -279,6 +279,7 @@ def test_a_mistake_that_only_workers_find(tmp_path, command):
 # ---- elsewhere --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_to_object_storage(s3_folder, command, data):
     """Data from there, the model to there, and from there into a predictor."""
     storage.write(f"{s3_folder}/in/rows.jsonl", (data / "classify.jsonl").read_bytes())

@@ -79,8 +79,9 @@ def test_receipt_and_progress(tmp_path, tag):
     assert receipt["n_found"] == sum(map(len, table["entities"].to_pylist()))
     assert not (tmp_path / "out" / DEAD_LETTERS).exists()
     steps = [arguments[1:] for call, arguments in progress if call == "add"]
-    unit = receipt["unit_id"]
-    assert steps == [(unit, 0, 0, 0.0), (unit, 5, receipt["n_tokens"], 1.0)]
+    unit, n_bytes = receipt["unit_id"], source.stat().st_size
+    end = (unit, 5, receipt["n_tokens"], n_bytes)
+    assert steps == [(unit, 0, 0, 0, False), (*end, False), (*end, True)]
     last, (_, figures) = progress[-1]
     assert last == "report"
     assert figures["real_tokens"] == figures["padded_tokens"] == receipt["n_tokens"] + 10

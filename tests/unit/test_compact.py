@@ -10,11 +10,12 @@ from fakes import Killed, write_jsonl, write_parquet
 
 from erniem_batch import storage
 from erniem_batch.cli import main
-from erniem_batch.errors import ConfigError
+from erniem_batch.errors import ConfigError, JobError
 from erniem_batch.job import compact as module
-from erniem_batch.job import result_files
+from erniem_batch.job import lease, result_files
 from erniem_batch.job.compact import compact
 from erniem_batch.job.lease import Lease
+from erniem_batch.job.status import status
 
 LANGUAGES = ["de", "fr", None, "a/b=c %", ""]
 
@@ -189,7 +190,7 @@ def test_types_that_do_not_go_together(tmp_path, job):
     write_parquet(tmp_path / "in" / "a.parquet", pa.table({"text": ["Ada"], "n": [1]}))
     write_parquet(tmp_path / "in" / "b.parquet", pa.table({"text": ["Bob"], "n": ["x"]}))
     job()
-    with pytest.raises(ConfigError, match=r"columns of a\.parquet and b\.parquet have types"):
+    with pytest.raises(ConfigError, match=r"columns of b\.parquet have types that do not go"):
         compact(str(tmp_path / "out"), str(tmp_path / "big"))
 
 
@@ -244,3 +245,57 @@ def test_the_command(tmp_path, job, capsys):
     assert (report["n_partitions"], report["n_files"]) == (8, 8)
     assert report["output"] == f"{tmp_path / 'out'}-compact"
     assert len(target_rows(tmp_path / "out-compact", ("lang", "year"))) == 160
+
+
+def test_a_column_that_others_lack_may_be_null(tmp_path, job):
+    schema = pa.schema([pa.field("text", pa.string()), pa.field("n", pa.int64(), nullable=False)])
+    write_parquet(tmp_path / "in" / "a.parquet", pa.table({"text": ["Ada"], "n": [1]}, schema))
+    write_parquet(tmp_path / "in" / "b.parquet", pa.table({"text": ["Bob"]}))
+    job()
+    compact(str(tmp_path / "out"), str(tmp_path / "big"))
+    table = pq.read_table(next((tmp_path / "big").glob("*.parquet")))
+    assert table["n"].to_pylist() == [1, None]
+
+
+def test_a_run_without_rows(tmp_path, job):
+    write_jsonl(tmp_path / "in" / "a.jsonl", [{"text": None, "lang": "de"}])
+    job(max_dead_letters="100%")
+    report = compact(str(tmp_path / "out"), partition_by=["lang"])
+    assert (report.n_rows, report.n_files) == (0, 0)
+    assert result_files(f"{tmp_path / 'out'}-compact") == []
+
+
+def test_a_mistake_leaves_no_trace(tmp_path, job):
+    corpus(tmp_path)
+    job()
+    for source, target in (("nowhere", "big"), ("out", "in")):
+        with pytest.raises(ConfigError):
+            compact(str(tmp_path / source), str(tmp_path / target))
+    with pytest.raises(ConfigError, match="no such column"):
+        compact(str(tmp_path / "out"), str(tmp_path / "big"), ["lng"])
+    assert not (tmp_path / "nowhere").exists()
+    assert not (tmp_path / "in" / "_run").exists()
+    assert status(str(tmp_path / "out")).state == "ended", "how the run ended, not the compaction"
+
+
+def test_one_that_another_has_overtaken_publishes_nothing(tmp_path, job, monkeypatch):
+    """It stood still for so long that another one has taken over, and removed its files."""
+    corpus(tmp_path)
+    job()
+    target = str(tmp_path / "big")
+    real = module._Writer.close
+
+    def close(writer):
+        entries = real(writer)
+        monkeypatch.setattr(module._Writer, "close", real)
+        for folder in (tmp_path / "out", tmp_path / "big"):
+            path = folder / "_run" / "lease.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"released": "ended"}))
+        compact(str(tmp_path / "out"), target)
+        monkeypatch.setattr(lease, "BEAT_S", 0.0)  # its last sign of life was long ago
+        return entries
+
+    monkeypatch.setattr(module._Writer, "close", close)
+    with pytest.raises(JobError, match="another run has taken over"):
+        compact(str(tmp_path / "out"), target)
+    assert ids(target_rows(tmp_path / "big", ())) == ids(source_rows(tmp_path))

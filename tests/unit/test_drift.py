@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
-from fakes import write_jsonl
+from fakes import KILLER, Killed, RefusingTagger, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from erniem_batch.errors import ConfigError
 from erniem_batch.job.config import JobConfig
 from erniem_batch.job.drift import by_chance, compare, jensen_shannon, shift, stability_index
-from erniem_batch.job.findings import Findings, findings_table, summed
+from erniem_batch.job.findings import SUM_SCHEMA, Findings, findings_table, summed
 from erniem_batch.job.rundir import RunFolder
 
 shares = st.lists(st.integers(0, 1000), min_size=4, max_size=4).filter(any)
@@ -43,11 +43,33 @@ def test_the_test_of_chance_agrees_with_scipy(n_kinds):
         q = 0.8 * p + 0.2 * rng.dirichlet(np.ones(n_kinds))
         counts = np.array([rng.multinomial(400, p), rng.multinomial(700, q)], dtype=float)
         counts = counts[:, counts.sum(axis=0) > 0]
-        exact = stats.chi2_contingency(counts, correction=False, lambda_="log-likelihood").pvalue
+        exact = max(
+            stats.chi2_contingency(counts, correction=False, lambda_=kind).pvalue
+            for kind in ("log-likelihood", "pearson")
+        )
         if not 0.5e-4 < exact < 2e-4:  # our quantile is an approximation
             assert by_chance(counts) == (exact > 1e-4)
             told += exact < 1e-4
     assert told > 10
+
+
+@pytest.mark.parametrize(("n_before", "n_now"), [(300, 300), (3000, 3000), (100_000, 1000)])
+@pytest.mark.parametrize("kind", ["even", "a few frequent"])
+def test_many_rare_kinds_are_no_alarm(n_before, n_now, kind):
+    """The G-test alone found 37 % of two draws of 300 from 300 kinds to differ."""
+    rng = np.random.default_rng(5)
+    p = np.ones(300) if kind == "even" else 1 / np.arange(1, 301)
+    draws = (rng.multinomial(n, p / p.sum(), 400).astype(float) for n in (n_before, n_now))
+    alarms = sum(not by_chance(np.array(pair)) for pair in zip(*draws, strict=True))
+    assert alarms <= 2
+    # What matters is still seen: ten dead letters among twenty rows, where one was in ten thousand.
+    assert not by_chance(np.array([[9999.0, 1], [10, 10]]))
+
+
+def test_nothing_is_compared_with_nothing():
+    nothing = SUM_SCHEMA.empty_table()
+    assert compare(nothing, nothing) == []
+    assert compare(nothing, findings(np.random.default_rng(3), 300, 0.4)) == []
 
 
 def test_a_small_sample_proves_nothing():
@@ -140,6 +162,47 @@ def test_what_a_night_adds_is_compared_with_what_was_there(tmp_path, job):
     texts(tmp_path, "in/third", OTHER)
     report, done = job(**settings)
     assert (report.exit_code, len(done)) == (5, 3)
+    # The same command again has nothing to do, and is no way around the gate.
+    report, done = job(**settings)
+    assert (report.exit_code, len(done)) == (5, 0)
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+    assert job(compare=settings["compare"])[0].exit_code == 0
+    report, done = job(**settings)  # somebody has looked: all of it is what was there
+    assert (report.exit_code, report.drifted, done) == (0, (), [])
+
+
+@pytest.mark.parametrize("killed_after", [1, 2, 3])
+def test_a_night_is_one_however_often_it_was_killed(tmp_path, job, killed_after):
+    texts(tmp_path, "in", FEW)
+    settings = {"compare": str(tmp_path / "out"), "fail_on_drift": True}
+    job(**settings)
+    texts(tmp_path, "in/second", OTHER)
+    write_jsonl(tmp_path / "in" / "second" / "9.jsonl", [{"text": "Ada"}])
+    with pytest.raises(Killed):
+        job(units=killed_after, **settings)
+    report, done = job(**settings)
+    assert (report.exit_code, len(done)) == (5, 4 - killed_after)
+    rows = {x["what"]: x for x in RunFolder(str(tmp_path / "out")).read_report()["drift"]}["rows"]
+    assert (rows["n_before"], rows["n_now"]) == (900, 901)
+
+
+def test_a_replay_stands_before_the_gate_of_the_last_run(tmp_path, job):
+    texts(tmp_path, "in", FEW)
+    job()
+    texts(tmp_path, "shifted", OTHER)
+    write_jsonl(tmp_path / "shifted" / "k.jsonl", [{"text": KILLER}])
+    settings = {
+        "input": [str(tmp_path / "shifted")], "compare": str(tmp_path / "before"),
+        "max_dead_letters": "50%",
+    }  # fmt: skip
+    (tmp_path / "out").rename(tmp_path / "before")
+    assert job(RefusingTagger, fail_on_drift=True, **settings)[0].exit_code == 5
+    report, done = job(RefusingTagger, replay=True)
+    assert (report.exit_code, len(done)) == (5, 1)
+    assert job(RefusingTagger, **settings)[0].exit_code == 0
+    report, done = job(replay=True)
+    assert (report.exit_code, report.n_dead, len(done)) == (0, 0, 1)
+    assert (tmp_path / "out" / "_SUCCESS").exists()
 
 
 def test_there_must_be_something_to_compare_with(tmp_path, job):

@@ -3,22 +3,27 @@
 import json
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from fakes import KILLER, Killed, RefusingTagger, write_jsonl
 
 from erniem_batch import storage
+from erniem_batch.job import rundir
 from erniem_batch.job.actor import Receipt
+from erniem_batch.job.details import labels
 from erniem_batch.job.findings import (
     LABEL,
     LENGTH,
     LETTER,
     MOST_LABELS,
+    MOST_LANGUAGES,
     NO_SCORE,
     NOTHING,
     OTHERS,
     SUM_SCHEMA,
     Findings,
+    capped,
     findings_table,
     length_bin,
     length_range,
@@ -54,7 +59,7 @@ def test_labels_lengths_and_reasons():
 def test_names_from_the_data_cannot_grow_without_end():
     findings = Findings()
     for i in range(MOST_LABELS + 50):
-        findings.add(f"language {i}", 1, [(f"name {i} " + "x" * 500, 0.5)])
+        findings.add(f"l-{i}", 1, [(f"name {i} " + "x" * 500, 0.5)])
     labels = {row[2] for row in rows(findings) if row[0] == LABEL}
     assert len(labels) == MOST_LABELS + 1
     assert OTHERS in labels
@@ -120,6 +125,37 @@ def test_summed_adds_up():
     assert sums(total) == {(LABEL, "PER"): 10, (LENGTH, ""): 10}
     assert total.schema == SUM_SCHEMA
     assert summed([]).schema == SUM_SCHEMA
+
+
+def test_rare_names_of_many_units_are_put_together():
+    """Each unit may have names of its own: a million units must not."""
+    texts = []
+    for unit in range(10):
+        findings = Findings()
+        findings.add("de", 3, [("PER", 0.9)] * 5)
+        findings.add("de", 3, [])
+        findings.add_failure(Failure("7", "encode", "RecordError", "x"), 1)
+        for i in range(200):
+            findings.add(f"l-{unit} {i}", 3, [(f"name {unit} {i}", 0.9)])
+        texts.append((str(unit), findings.as_text()))
+    all_of_it = summed([findings_table(texts)])
+    found = capped(all_of_it)
+    labels = set(found.filter(pc.equal(found["kind"], LABEL))["label"].to_pylist())
+    assert len(labels) == MOST_LABELS + 2
+    assert {NOTHING, OTHERS, "PER"} <= labels
+    assert len(found["language"].unique()) == MOST_LANGUAGES + 2  # with OTHERS, and none
+    for kind in (LABEL, LENGTH, LETTER):
+        before, after = (t.filter(pc.equal(t["kind"], kind))["n"] for t in (all_of_it, found))
+        assert pc.sum(before) == pc.sum(after)
+    assert sums(found)[LETTER, "encode: RecordError"] == 10
+    assert capped(found).sort_by("label") == found.sort_by("label")
+    few = findings_table([("a", receipt("a", 2).findings)]).select(SUM_SCHEMA.names)
+    assert capped(few) == few
+
+
+def test_sums_do_not_depend_on_when_they_are_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(rundir, "SUMMED_ROWS", 1)
+    test_a_unit_counts_once_with_what_was_said_last(tmp_path)
 
 
 # ---- whole runs -------------------------------------------------------------------------------
@@ -188,3 +224,20 @@ def test_changed_files_and_replays_count_once(tmp_path, job):
     job(**SETTINGS)
     assert reported(folder.read_report()) == labels_in(tmp_path / "out")
     assert {x["language"] for x in folder.read_report()["languages"]} == {"nl", "de", ""}
+
+
+@pytest.mark.parametrize("language", ["Ada met Charles in London.", "x" * 40, "a b"])
+def test_a_language_column_that_holds_text_is_not_repeated(language):
+    findings = Findings()
+    findings.add(language, 3, [("PER", 0.9)])
+    findings.add("pt-BR", 3, [])
+    assert {row[1] for row in rows(findings)} == {OTHERS, "pt-BR"}
+    assert language not in findings.as_text()
+
+
+def test_mean_scores_by_language():
+    findings = Findings()
+    for language, score in (("de", 0.91), ("de", 0.99), ("fr", 0.52), ("fr", 7.0)):
+        findings.add(language, 1, [("PER", score)])
+    (found,) = labels(summed([findings_table([("u", findings.as_text())])]))
+    assert found["mean_scores"] == {"de": 0.95, "fr": 0.525}

@@ -1,6 +1,7 @@
 """`plan`: what it says of a corpus, against what the run then does."""
 
 import json
+from dataclasses import replace
 
 import pyarrow as pa
 import pytest
@@ -10,8 +11,10 @@ from erniem_batch import storage
 from erniem_batch.cli import main
 from erniem_batch.errors import ConfigError
 from erniem_batch.job import JobConfig
+from erniem_batch.job import forecast as module
 from erniem_batch.job.forecast import PlanFlags, forecast, ratio, save, scripts_of
 from erniem_batch.job.rundir import RunFolder
+from erniem_batch.predictor import Predictor
 
 
 @pytest.fixture
@@ -78,6 +81,62 @@ def test_a_sample_comes_near_and_says_how_near(tmp_path, plan, job, kind):
         assert abs(said / true - 1) <= 2 * error
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_units_of_few_long_texts_and_of_many_short_ones(tmp_path, plan, kind):
+    """Once the same number of rows from each was taken for the corpus: 43 times its tokens."""
+    for i in range(10):
+        for name, many in (
+            ("short", [{"text": f"Ada {j} in Rome"} for j in range(1000)]),
+            ("long", [{"text": f"Ada {j} in Rome " * 100} for j in range(10)]),
+        ):
+            path = tmp_path / "in" / f"{i}{name}.{kind}"
+            if kind == "jsonl":
+                write_jsonl(path, many)
+            else:
+                write_parquet(path, pa.Table.from_pylist(many))
+    true = plan(PlanFlags(read_all=True, tokens_per_s=1000.0))
+    made = plan(PlanFlags(sample_rows=200, tokens_per_s=1000.0))
+    assert made.sample_rows == 200
+    for name in ("rows", "tokens", "windows"):
+        assert getattr(made, name) == pytest.approx(getattr(true, name), rel=0.1)
+    short = [item["rows"] for item in made.lengths if item["to"] < 100]
+    assert sum(short) == pytest.approx(10_000, rel=0.1), "also in the picture of the lengths"
+
+
+def test_broken_lines_are_as_many_as_in_the_corpus(tmp_path, plan):
+    path = tmp_path / "in" / "a.jsonl"
+    path.parent.mkdir()
+    path.write_text("".join('{"text": "Ada"}\n' if i % 10 else "{broken\n" for i in range(2000)))
+    made = plan(PlanFlags(sample_rows=500, tokens_per_s=1000.0))
+    assert made.sample_rows == 500
+    assert 25 < made.dead_letters["read: RecordError"] < 85
+
+
+def test_a_corpus_that_cannot_be_tagged(tmp_path, plan, job):
+    """Nothing tells the speed; the report of the run says so."""
+    write_jsonl(tmp_path / "in" / "a.jsonl", [{"text": None}] * 3)
+    assert plan(PlanFlags()).seconds is None
+    report, _ = job(max_dead_letters="100%")
+    assert report.exit_code == 0
+    folder = tmp_path / "out" / "_run"
+    assert "<h2>Forecast</h2>" in (folder / "report.html").read_text()
+
+
+def test_the_device_is_that_of_the_run(tmp_path, plan, monkeypatch):
+    devices = []
+    real = Predictor.load
+
+    def load(config):
+        devices.append(config.device)
+        return real(replace(config, device="cpu"))
+
+    monkeypatch.setattr(Predictor, "load", load)
+    write_jsonl(tmp_path / "in" / "a.jsonl", rows(5))
+    plan()
+    plan(num_gpus_per_actor=1)
+    assert devices == ["cpu", None], "None: a GPU, if there is one here"
+
+
 def test_nothing_is_done(tmp_path, plan):
     write_jsonl(tmp_path / "in" / "a.jsonl", rows(5))
     plan()
@@ -110,12 +169,16 @@ def test_a_forecast_of_other_settings_is_not_compared(tmp_path, plan, job):
 def test_time_and_cost(tmp_path, plan):
     for i in range(8):
         write_jsonl(tmp_path / "in" / f"{i}.jsonl", rows(20))
+    size = (tmp_path / "in" / "0.jsonl").stat().st_size
     flags = PlanFlags(read_all=True, tokens_per_s=10.0, price_per_hour=3.6)
-    made = plan(flags, actors="1:4", num_cpus_per_actor=1)
+    made = plan(flags, actors="1:4", num_cpus_per_actor=1, unit_bytes=size)
     assert made.actors == 4
     assert made.seconds == pytest.approx(made.start_seconds + made.tokens / 40, abs=0.1)
     assert made.cost == pytest.approx(made.seconds * 4 * 0.001, abs=0.01)
-    assert plan(flags, actors="9:9", num_cpus_per_actor=1).actors == 8, "there are 8 units"
+    many = plan(flags, actors="9:9", num_cpus_per_actor=1, unit_bytes=size)
+    assert many.actors == 8, "there are 8 units"
+    assert "only 8 units for 9 actors: lower --unit-bytes" in many.warnings
+    assert plan(flags, actors="9:9", num_cpus_per_actor=1).actors == 1, "they travel together"
     measured = plan(PlanFlags())
     assert measured.tokens_per_s > 0
 
@@ -204,3 +267,19 @@ def test_the_command(tmp_path, capsys, ner_model_dir):
     assert json.loads(out)["rows"] == 5
     for words in ("5 (exact)", "tokens of a text", "Latin", "no padding"):
         assert words in error
+
+
+def test_of_a_corpus_that_is_read_as_a_whole_little_is_kept(tmp_path, plan, monkeypatch):
+    monkeypatch.setattr(module, "MOST_RECORDS", 10)
+    monkeypatch.setattr(module, "MOST_HASHED", 20)
+    samples = []
+    real = module.read_sample
+    monkeypatch.setattr(module, "read_sample", lambda *a: samples.append(real(*a)) or samples[0])
+    write_jsonl(tmp_path / "in" / "a.jsonl", [{"text": f"Ada {i // 2}"} for i in range(200)])
+    made = plan(PlanFlags(read_all=True))
+    (sample,) = samples
+    assert (made.rows, made.windows, made.distinct_share) == (200, 200, 0.5)
+    assert (len(sample.records), sample.tagged, len(sample.distinct)) == (10, 200, 10)
+    assert (
+        len({record.text for record, _, _ in sample.records} - {f"Ada {i}" for i in range(5)}) > 4
+    )

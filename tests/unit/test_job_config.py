@@ -8,9 +8,7 @@ from erniem_batch.errors import ConfigError
 from erniem_batch.job import JobConfig
 from erniem_batch.job.cluster import (
     RESTARTS,
-    THREADS_OF_A_LARGE_ACTOR,
     Pool,
-    cluster_pool,
     local_pool,
 )
 
@@ -142,21 +140,3 @@ def test_predictor_gets_all_that_concerns_it():
 )
 def test_actors_of_one_machine(cores, options, expected):
     assert local_pool(ner_config(JobConfig, **options), cores) == expected
-
-
-@pytest.mark.parametrize(
-    ("nodes", "options", "expected"),
-    [
-        ([{"CPU": 9}, {"CPU": 25}], {}, Pool(1, 8, 4, 0, RESTARTS)),
-        ([{"CPU": 2}], {}, Pool(1, 2, 1, 0, RESTARTS)),  # never larger than what a node can hold
-        ([], {}, Pool(1, 1, THREADS_OF_A_LARGE_ACTOR, 0, RESTARTS)),
-        (
-            [{"CPU": 8, "GPU": 4}, {"CPU": 9}],
-            {"num_gpus_per_actor": 0.5},
-            Pool(1, 8, 1, 0.5, RESTARTS),
-        ),
-        ([{"CPU": 9}], {"actors": "2:9", "num_cpus_per_actor": 2}, Pool(2, 9, 2, 0, RESTARTS)),
-    ],
-)
-def test_actors_of_a_cluster(nodes, options, expected):
-    assert cluster_pool(ner_config(JobConfig, **options), nodes) == expected

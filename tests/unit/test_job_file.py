@@ -112,6 +112,38 @@ def test_dollars_that_are_no_variables(tmp_path, monkeypatch):
         read_job_file(str(tmp_path / "no.yaml"))
 
 
+@pytest.mark.parametrize(
+    ("flags", "name", "value"),
+    [
+        (["ner", "--min-score", "{no: 0.5}"], "min-score", {"no": 0.5}),
+        (["extract", "--schema", "[no, yes]"], "schema", ["no", "yes"]),
+        (["embed", "--prefix", "a ${HOME} b"], "prefix", r"a \${HOME} b"),
+    ],
+)
+def test_what_yaml_or_the_environment_could_take_for_something_else(
+    tmp_path, capsys, flags, name, value
+):
+    first = printed(capsys, *flags, "--input", "a", "--output", "b")
+    assert first[name] == value
+    again = write(tmp_path, yaml.safe_dump(first))
+    assert printed(capsys, flags[0], "--config", again) == first
+
+
+def test_a_service_has_files_of_its_own(tmp_path, monkeypatch):
+    """They have the same flag: once, none of their keys was known."""
+    path = write(tmp_path, "models: [{model: demo, tasks: [ner]}]\nrequest_timeout_s: 5")
+    served = []
+    monkeypatch.setattr("erniem_batch.serve.run.serve", served.append)
+    assert main(["serve", "--config", path]) == 0
+    assert served[0].config == path
+    assert served[0].app_config(2).request_timeout_s == 5
+
+
+def test_plan_prints_it_too(tmp_path, capsys):
+    path = write(tmp_path, "limit: 3")
+    assert printed(capsys, "plan", "ner", "--config", path)["limit"] == 3
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_the_schema_says_what_a_file_may_say(task):
     jsonschema = pytest.importorskip("jsonschema")

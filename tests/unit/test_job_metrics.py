@@ -1,5 +1,7 @@
 """What the job tells Prometheus: names, labels, and numbers that only grow."""
 
+import sys
+import threading
 from collections import Counter as Sums
 
 import manifests
@@ -95,3 +97,38 @@ def test_a_driver_tells_how_far_it_is(told):
         ("erniem_batch_done_share",): 0.5,
         ("erniem_batch_eta_seconds",): 60.0,
     }
+
+
+def test_units_side_by_side_count_once(told):
+    """An actor works on several units: once, one that ended took another's counts along."""
+    metrics = ActorMetrics("ner")
+    figures = {"padded_tokens": 0, "real_tokens": 0, "read_seconds": 0.0}
+    adding, errors = threading.Lock(), []
+
+    def work(name):
+        try:
+            for unit in range(60):
+                for n in range(1, 6):
+                    with adding:
+                        figures["read_seconds"] += 1
+                        now = dict(figures)
+                    counts = dict.fromkeys(("n_ok", "n_tokens", "n_windows", "n_found"), n)
+                    reasons = {("encode", f"Error{i}"): n for i in range(40)}
+                    metrics.report({**counts, "n_dead": 0}, reasons, now, f"{name} {unit}")
+                metrics.unit_done(f"{name} {unit}", 1.0, 1)
+        except Exception as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(name,)) for name in "abc"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert errors == []
+    assert told["erniem_batch_rows", "ner", "ok"] == 3 * 60 * 5
+    assert told["erniem_batch_stage_seconds", "ner", "read"] == figures["read_seconds"]

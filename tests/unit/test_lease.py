@@ -133,7 +133,7 @@ def test_the_old_owner_is_told_of_a_takeover(hold):
 
 def test_the_old_owner_is_told_by_its_own_renewal(hold, monkeypatch):
     old = hold()
-    monkeypatch.setattr(module, "_is_dead", lambda holder: True)
+    monkeypatch.setattr(module, "is_dead", lambda holder: True)
     new = hold()
     time.sleep(0.3)
     assert old._lost.is_set()

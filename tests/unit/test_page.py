@@ -5,14 +5,16 @@ import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from itertools import pairwise
 
+import pyarrow as pa
 import pytest
-from fakes import LABELS, save_tiny_ner_model, write_jsonl
+from fakes import LABELS, save_tiny_ner_model, write_jsonl, write_parquet
 
-from erniem_batch.job import charts
+from erniem_batch.job import JobConfig, charts
 from erniem_batch.job.page import by_language, page
 from erniem_batch.job.progress import ProgressCounter, Timeline
 from erniem_batch.job.rundir import RunFolder
-from erniem_batch.job.samples import marked
+from erniem_batch.job.samples import marked, sample_of
+from erniem_batch.options import ChooseOptions
 
 SECRET = "Krokodilskaja-71"
 
@@ -95,6 +97,47 @@ def test_labels_of_the_model_are_text_too(tmp_path, job, tokenizer):
     assert "$x^2$" in re.sub(r"<!--.*?-->", "", html)
 
 
+def test_names_in_any_script(tmp_path, job, tokenizer):
+    """matplotlib's own font has no glyphs for them, and says so; the browser's have."""
+    labels = [name if name == "O" else f"{name[:2]}人名{name[2:]}" for name in LABELS]
+    model = save_tiny_ner_model(tmp_path / "m", tokenizer, labels=labels)
+    corpus(tmp_path)
+    job(model=str(model), max_dead_letters="50%")
+    assert "人名" in reported(tmp_path)[1]
+
+
+def test_samples_of_columns_that_python_cannot_show(tmp_path, job):
+    table = pa.table({"text": ["Ada in London"], "day": pa.array([2**30], pa.date32())})
+    write_parquet(tmp_path / "in" / "a.parquet", table)
+    job(report_samples=1)
+    assert 'class="sample"' in reported(tmp_path)[1]
+
+
+def test_a_fault_of_the_page_costs_no_run(tmp_path, job, monkeypatch):
+    def fault(*_):
+        raise ValueError(SECRET)
+
+    monkeypatch.setattr(charts, "lengths", fault)
+    corpus(tmp_path)
+    report, _ = job(max_dead_letters="50%")
+    assert report.exit_code == 0
+    assert (tmp_path / "out" / "_SUCCESS").exists()
+    values, html = reported(tmp_path)
+    assert "report.json" in html
+    assert SECRET not in html
+    assert values["exit_code"] == 0
+
+
+def test_columns_of_samples_are_those_of_the_flags():
+    options = ChooseOptions()
+    config = JobConfig(options=options, text_column="p", fields={"choices": "doc.c"})
+    row = {
+        "p": "It rained.", "doc": {"c": ["wet", "dry"]}, "choices": [], "predicted_choice": 1,
+        "choice_scores": [0.2, 0.8],
+    }  # fmt: skip
+    assert sample_of(config, row).title == "dry 0.80"
+
+
 REPORT = {
     "timeline": [],
     "stage_seconds": dict.fromkeys(("read", "tokenize", "forward"), 0.0),
@@ -115,7 +158,7 @@ def label(name, n, scores=None, languages=None):
     scores = scores or [0] * 19 + [n]
     return {
         "label": name, "n": n, "scores": scores, "languages": languages or {"de": n},
-        "mean_score": 0.9,
+        "mean_scores": {"de": 0.9},
     }  # fmt: skip
 
 
@@ -161,7 +204,7 @@ def test_shares_by_language():
     }  # fmt: skip
     assert by_language(report) == {
         "labels": ["PER"],
-        "rows": [{"language": "de", "n": 4, "shares": [0.75]}],
+        "rows": [{"language": "de", "n": 4, "cells": [(0.75, 0.9)]}],
     }
 
 
@@ -217,14 +260,16 @@ def test_a_timeline_has_few_points():
 
 def test_actors_at_work():
     counter = ProgressCounter()
-    counter.add("a", "u1", 0, 0, 0.0)
-    counter.add("a", "u2", 0, 0, 0.0)
-    counter.add("b", "u3", 5, 50, 0.5)
-    assert counter.units() == ({"u1": (0, 0, 0.0), "u2": (0, 0, 0.0), "u3": (5, 50, 0.5)}, 2)
-    counter.add("b", "u3", 9, 90, 1.0)
-    assert counter.units()[1] == 1
-    counter.add("c", "u1", 0, 0, 0.0)  # a died; its other unit comes later
-    assert counter.units()[1] == 2
+    counter.add("a", "u1", 0, 0, 0, False)
+    counter.add("a", "u2", 0, 0, 0, False)
+    counter.add("b", "u3", 5, 50, 500, False)
+    assert counter.sums() == (5, 50, 500, 2)
+    counter.add("b", "u3", 9, 90, 900, True)
+    assert counter.sums() == (9, 90, 900, 1)
+    counter.add("c", "u1", 0, 0, 0, False)  # a died; its other unit comes later
+    assert counter.sums() == (9, 90, 900, 2)
+    counter.add("c", "u3", 1, 10, 100, False)  # done, but its file got lost: once more
+    assert counter.sums() == (1, 10, 100, 2)
     counter.report("a", {"windows": 2, "read_seconds": 0.5})
     counter.report("a", {"windows": 3, "read_seconds": 0.75})
     counter.report("b", {"windows": 1})

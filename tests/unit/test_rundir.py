@@ -309,11 +309,31 @@ def test_many_segments_become_one(folder, monkeypatch):
     for i in range(9):
         note(folder, Receipt(f"u{i}", f"{i % 4}.parquet", n_ok=i))
     before = folder.read_ledger(1).sort_by("output").to_pylist()
+    assert len(_segments(folder)) == 9, "who only looks leaves all as it is"
+    assert folder.read_ledger(1, tidy=True).sort_by("output").to_pylist() == before
     assert len(_segments(folder)) == 1
     assert folder.read_ledger(1).sort_by("output").to_pylist() == before
     assert [row["n_ok"] for row in before] == [8, 5, 6, 7]
     note(folder, Receipt("new", "0.parquet"))
     assert "new" in folder.read_ledger(1)["unit_id"].to_pylist()
+
+
+def test_segments_that_go_while_they_are_read(folder, monkeypatch):
+    """`status` looks while the run puts its segments together."""
+    monkeypatch.setattr(module, "LEDGER_SEGMENTS", 5)
+    for i in range(9):
+        note(folder, Receipt(f"u{i}", f"{i}.parquet"))
+    real = module._concat
+
+    def slow(paths, schema):
+        if len(paths) == 9:
+            monkeypatch.setattr(module, "_concat", real)
+            RunFolder(folder.output).read_ledger(1, tidy=True)
+        return real(paths, schema)
+
+    monkeypatch.setattr(module, "_concat", slow)
+    assert len(folder.read_ledger(1)) == 9
+    assert len(_segments(folder)) == 1
 
 
 def test_a_segment_that_was_never_finished_is_not_read(folder):

@@ -8,7 +8,7 @@ import threading
 import time
 
 import pytest
-from fakes import Killed, write_jsonl
+from fakes import KILLER, Killed, RefusingTagger, write_jsonl
 
 from erniem_batch.cli import main
 from erniem_batch.errors import ConfigError
@@ -160,3 +160,22 @@ def test_no_run(tmp_path, capsys):
         status.status(str(tmp_path))
     assert main(["status", str(tmp_path / "nowhere")]) == 2
     assert "holds no run" in capsys.readouterr().err
+
+
+def test_dead_letters_that_a_replay_took_over_count_once(tmp_path, job):
+    write_jsonl(tmp_path / "in" / "a.jsonl", [{"text": "Ada"}, {"text": KILLER}, {"text": None}])
+    job(RefusingTagger, max_dead_letters="100%")
+    report, _ = job(replay=True)
+    found = status.status(str(tmp_path / "out"))
+    assert (found.rows, found.n_ok, found.n_dead) == (3, 2, 1)
+    assert (found.rows, found.n_ok, found.n_dead) == (report.n_rows, report.n_ok, report.n_dead)
+
+
+def test_records_that_are_just_being_written(tmp_path, job):
+    corpus(tmp_path, 1)
+    job(max_dead_letters="50%")
+    attempts = tmp_path / "out" / "_run" / "attempts"
+    attempts.mkdir(exist_ok=True)
+    (attempts / f".x.json.{'a' * 32}.tmp").write_bytes(b"")
+    (attempts / "y.json").write_text('{"number": 2}')
+    assert status.status(str(tmp_path / "out")).n_repeated == 1
