@@ -136,7 +136,7 @@ def test_rare_names_of_many_units_are_put_together():
         findings.add("de", 3, [])
         findings.add_failure(Failure("7", "encode", "RecordError", "x"), 1)
         for i in range(200):
-            findings.add(f"l-{unit} {i}", 3, [(f"name {unit} {i}", 0.9)])
+            findings.add(f"l-{unit}-{i}", 3, [(f"name {unit} {i}", 0.9)])
         texts.append((str(unit), findings.as_text()))
     all_of_it = summed([findings_table(texts)])
     found = capped(all_of_it)
