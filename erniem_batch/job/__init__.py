@@ -5,9 +5,31 @@ pool -> `actor` reads its slice (`read`), asks the Predictor, writes one file (`
 back one receipt -> `run` checks that all is there and publishes the `manifest`.
 """
 
-from erniem_batch.job.config import JobConfig
-from erniem_batch.job.manifest import result_files
-from erniem_batch.job.report import RunReport
-from erniem_batch.job.run import Stopped, replay_job, run_job
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from erniem_batch.job.config import JobConfig
+    from erniem_batch.job.manifest import result_files
+    from erniem_batch.job.report import RunReport
+    from erniem_batch.job.run import Stopped, replay_job, run_job
+
+# Where each name comes from, once it is asked for: `counter` and others do without torch.
+_MODULES = {
+    "JobConfig": "config",
+    "RunReport": "report",
+    "Stopped": "run",
+    "replay_job": "run",
+    "result_files": "manifest",
+    "run_job": "run",
+}
 
 __all__ = ["JobConfig", "RunReport", "Stopped", "replay_job", "result_files", "run_job"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value

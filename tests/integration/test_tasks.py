@@ -32,7 +32,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, tokenizer: ErnieMTokenizer)
 @pytest.fixture
 def command(local_ray, models, capsys, monkeypatch) -> Command:
     """Runs one command: exit code, report (None without one), and what went to stderr."""
-    monkeypatch.setattr(cli, "configure_logging", lambda: None)  # its handler outlives the test
+    monkeypatch.setattr(cli, "configure_logging", lambda *_: None)  # its handler outlives the test
 
     def run(task: str, source: Path, output: Path, *flags: str) -> tuple[int, Any, str]:
         arguments = [task, "--input", str(source), "--output", str(output), *JOBS[task].flags]

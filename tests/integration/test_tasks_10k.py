@@ -40,7 +40,7 @@ def config_of(task: str, monkeypatch: pytest.MonkeyPatch, *flags: str) -> JobCon
 
     with monkeypatch.context() as patch:
         patch.setattr(cli, "run_job", catch)
-        patch.setattr(cli, "configure_logging", lambda: None)
+        patch.setattr(cli, "configure_logging", lambda *_: None)
         patch.setattr(cli, "_say", lambda _: None)
         assert cli.main([task, *JOBS[task].flags, *flags]) == cli.EXIT_USAGE
     return configs[0]

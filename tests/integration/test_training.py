@@ -97,7 +97,7 @@ def _arguments(model: Path, data: Path, output: str | Path, **changes: Any) -> l
 @pytest.fixture
 def command(local_ray, model, data, capsys, monkeypatch) -> Command:
     """Runs one command on the Ray of this process: exit code, report, and what went to stderr."""
-    monkeypatch.setattr(cli, "configure_logging", lambda: None)  # its handler outlives the test
+    monkeypatch.setattr(cli, "configure_logging", lambda *_: None)  # its handler outlives the test
 
     def finetune(output: str | Path, **flags: Any) -> tuple[int, Any, str]:
         code = cli.main(_arguments(model, data, output, **flags))

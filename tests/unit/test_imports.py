@@ -102,6 +102,18 @@ def test_importing_does_not_import_ray(statement):
     assert done.returncode == 0, done.stderr.decode()
 
 
+def test_the_counter_needs_neither_torch_nor_arrow():
+    """It is a process of its own in every run."""
+    code = (
+        "import erniem_batch.job.counter, sys; "
+        "sys.exit(' '.join({'torch', 'pyarrow', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, check=False
+    )
+    assert done.stderr.decode().strip() == ""
+
+
 def test_scripts_import_without_side_effects():
     """No connection, no environment, no output: only a guard at the end starts anything."""
     code = (

@@ -10,8 +10,9 @@ import pytest
 from fakes import LABELS, save_tiny_ner_model, write_jsonl, write_parquet
 
 from erniem_batch.job import JobConfig, charts
+from erniem_batch.job.counter import ProgressCounter
 from erniem_batch.job.page import by_language, page
-from erniem_batch.job.progress import ProgressCounter, Timeline
+from erniem_batch.job.progress import Timeline
 from erniem_batch.job.rundir import RunFolder
 from erniem_batch.job.samples import marked, sample_of
 from erniem_batch.options import ChooseOptions
