@@ -200,7 +200,7 @@ def _run(job: JobConfig, file: JobFile | None) -> int:
     show = None
     if job.is_demo and job.output_format == "parquet":
         show = ResultView(Console(), storage.normal(job.output or ""), job)
-    return _finished(run_job(job, on_receipt=show))
+    return _finished(run_job(job, on_receipt=show), with_table=job.log_format == "text")
 
 
 def job_of(config: JobConfig | None, options: Options, columns: Columns) -> JobConfig:
@@ -512,8 +512,9 @@ def token() -> int:
     return 0
 
 
-def _finished(report: RunReport) -> int:
-    print_summary(report, Console(stderr=True))
+def _finished(report: RunReport, with_table: bool = True) -> int:
+    if with_table:
+        print_summary(report, Console(stderr=True))
     print(report.as_line())
     return report.exit_code
 
@@ -615,6 +616,7 @@ def print_summary(report: RunReport, console: Console) -> None:
         rows = [row for row in rows if row[0] not in ("padding", "tokens/s")]
     if report.n_dead:
         rows.append(("dead letters in", storage.join(report.output, DEAD_LETTERS)))
+        rows.append(("most of them", report.most_dead))
     if report.n_removed_inputs:
         rows.append(("inputs gone", f"{report.n_removed_inputs:,} (their results stay)"))
     for name, value in rows:
@@ -622,10 +624,11 @@ def print_summary(report: RunReport, console: Console) -> None:
     for receipt in report.failed_units:
         what = escape(f"{receipt.output}: {receipt.error}")
         console.print(f"[bold red]{'no output':>16}[/]  {what}", highlight=False, soft_wrap=True)
-    if report.n_missing:
-        console.print(
-            f"[bold red]{'incomplete':>16}[/]  run the same command again", soft_wrap=True
-        )
+    for what in report.drifted:
+        console.print(f"[bold red]{'drifted':>16}[/]  {escape(what)}", soft_wrap=True)
+    if (why := report.unpublished) is not None:
+        name = "incomplete" if report.n_missing else "not published"
+        console.print(f"[bold red]{name:>16}[/]  {escape(why)}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -147,7 +147,9 @@ def _complete(output: str, source: str) -> list[Entry]:
     """Files of a complete run that have rows."""
     manifest = read_manifest(source)
     if manifest is None or storage.stat(storage.join(source, SUCCESS)) is None:
-        raise ConfigError(f"{output} holds no complete run (no {SUCCESS}): finish it first")
+        raise ConfigError(
+            f"{output} holds no complete run (no {SUCCESS}): erniem-batch status says why"
+        )
     if any(not entry.name.endswith(".parquet") for entry in manifest.files):
         raise ConfigError(f"{output} holds JSONL: only Parquet can be compacted")
     return [entry for entry in manifest.files if entry.n_rows]

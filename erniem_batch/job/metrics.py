@@ -108,7 +108,13 @@ class DriverMetrics:
         self._eta = gauge("eta_seconds", "Until the end, at the speed so far.")
 
     def report(
-        self, n_done: int, n_failed: int, n_units: int, n_actors: int, share: float, eta: float
+        self,
+        n_done: int,
+        n_failed: int,
+        n_units: int,
+        n_actors: int,
+        share: float,
+        eta: float | None,
     ) -> None:
         """Every few seconds."""
         states = {"done": n_done, "failed": n_failed, "todo": n_units - n_done - n_failed}
@@ -116,4 +122,5 @@ class DriverMetrics:
             self._units.set(number, tags=self._tags | {"state": state})
         self._actors.set(n_actors, tags=self._tags)
         self._share.set(share, tags=self._tags)
-        self._eta.set(eta, tags=self._tags)
+        if eta is not None:
+            self._eta.set(eta, tags=self._tags)

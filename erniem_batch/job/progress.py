@@ -4,6 +4,7 @@ import logging
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import Any, Self
 
 import pyarrow as pa
@@ -126,15 +127,14 @@ class Progress:
         import ray
 
         logged = time.monotonic()
+        sums = (0, 0, 0, 0)
         while not self._stop.wait(ASK_EVERY_S):
-            try:
+            with suppress(ray.exceptions.RayError):  # only the display waits
                 sums = ray.get(self._counter.sums.remote(), timeout=5)
-            except ray.exceptions.RayError:
-                continue  # only the display waits
             n_rows, n_tokens, n_bytes, n_actors = sums
             seconds = time.monotonic() - self._started
             share = n_bytes / self._n_bytes
-            left = seconds * (1 - share) / share if share else 0.0
+            left = seconds * (1 - share) / share if share else None
             self.timeline.add(seconds, n_tokens, n_actors)
             if self._bars is not None:
                 rate = n_tokens / max(seconds, 1e-9)
@@ -146,17 +146,19 @@ class Progress:
                 logged = time.monotonic()
                 self._log(n_rows, n_tokens / seconds, share, left, n_actors)
 
-    def _log(self, n_rows: int, rate: float, share: float, left: float, n_actors: int) -> None:
+    def _log(
+        self, n_rows: int, rate: float, share: float, left: float | None, n_actors: int
+    ) -> None:
         n_done = self._finished - self._failed
         self._metrics.report(n_done, self._failed, self._n_units, n_actors, share, left)
         if self._bars is None:
             logger.info(
-                "progress units=%d/%d rows=%d tokens_per_s=%.0f actors=%d done=%.1f%% eta_s=%.0f",
+                "progress units=%d/%d rows=%d tokens_per_s=%.0f actors=%d done=%.1f%% eta_s=%s",
                 self._finished,
                 self._n_units,
                 n_rows,
                 rate,
                 n_actors,
                 100 * share,
-                left,
+                "?" if left is None else round(left),
             )

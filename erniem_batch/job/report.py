@@ -32,6 +32,7 @@ class RunReport:
         n_removed_inputs: files that were tagged once and are no longer in the input.
         n_bytes_read: by the actors, from storage.
         n_rows_now, n_tokens_now, padding_share, seconds, working_seconds: of this run.
+        most_dead: stage and error of most dead letters.
         drifted: which distributions have moved away from the run of --compare.
         fail_on_drift: whether that is an error.
     """
@@ -57,6 +58,7 @@ class RunReport:
     padding_share: float = 0.0
     seconds: float = 0.0
     working_seconds: float = 0.0
+    most_dead: str = ""
     drifted: tuple[str, ...] = ()
     fail_on_drift: bool = False
     fingerprint: str = ""
@@ -76,6 +78,23 @@ class RunReport:
         if self.n_dead > self.n_dead_allowed:
             return TOO_MANY_DEAD
         return DRIFTED if self.fail_on_drift and self.drifted else COMPLETE
+
+    @property
+    def unpublished(self) -> str | None:
+        """Why there is no _SUCCESS, and what to do; None: there is."""
+        if self.exit_code == INCOMPLETE:
+            return "run the same command again"
+        if self.exit_code == TOO_MANY_DEAD:
+            return (
+                f"{self.n_dead:,} dead letters, {self.n_dead_allowed:,.0f} allowed: look at them, "
+                f"then erniem-batch replay, or run again with more --max-dead-letters"
+            )
+        if self.exit_code == DRIFTED:
+            return (
+                "what was found has drifted: look at _run/report.html; if it is right, run again "
+                "without --fail-on-drift"
+            )
+        return None
 
     def as_line(self) -> str:
         """One line of JSON, for machines."""

@@ -22,7 +22,7 @@ from erniem_batch.job import attempts
 from erniem_batch.job.actor import Assignment, Receipt
 from erniem_batch.job.cluster import connect, find_pool, is_connected
 from erniem_batch.job.config import JobConfig
-from erniem_batch.job.details import Comparison, details, files_with_rows, forecast_of
+from erniem_batch.job.details import Comparison, dead_letters, details, files_with_rows, forecast_of
 from erniem_batch.job.finish import finish
 from erniem_batch.job.lease import ENDED, FAILED, STOPPED, Lease
 from erniem_batch.job.manifest import (
@@ -285,6 +285,7 @@ def tag_units(
     """Works on units; receipts go into the ledger as they come."""
     config = assignment.config
     leave = not is_connected()
+    logger.info("connecting to Ray")
     own_cluster = connect(config)
     _listen()  # Ray has put a handler of its own in place
     import ray
@@ -352,6 +353,7 @@ def make_report(
         padding_share=round(work.padding_share, 4),
         seconds=round(time.monotonic() - started, 2),
         working_seconds=round(work.seconds, 2),
+        most_dead=next((d["reason"] for d in dead_letters(comparison.findings)), ""),
         drifted=tuple(str(shift) for shift in comparison.shifts if shift.drifted),
         fail_on_drift=config.fail_on_drift,
         fingerprint=info.fingerprint,

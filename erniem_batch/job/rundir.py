@@ -249,18 +249,17 @@ class RunFolder:
                 yield info.path
 
     def last_receipts(self, generation: int, seconds: float) -> tuple[pa.Table, float]:
-        """Receipts of the last while that something was written down, and how long that was.
+        """Receipts that were written down in the last while, and the time they took.
 
         Args:
-            seconds: how long it is at most.
+            seconds: how long that is at most.
         """
-        paths = self._segments("ledger", generation)
-        times = [_written(path) for path in paths]
-        recent = [p for p, t in zip(paths, times, strict=True) if t > times[-1] - seconds]
+        times = {path: _written(path) for path in self._segments("ledger", generation)}
+        recent = sorted(p for p, t in times.items() if t > time.time() - seconds)
         if len(recent) < 2:
             return RECEIPT_SCHEMA.empty_table(), 0.0
         try:  # the first of them began it: its units are older
-            return _concat(recent[1:], RECEIPT_SCHEMA), times[-1] - _written(recent[0])
+            return _concat(recent[1:], RECEIPT_SCHEMA), times[recent[-1]] - times[recent[0]]
         except FileNotFoundError:  # the run has just put them together
             return RECEIPT_SCHEMA.empty_table(), 0.0
 

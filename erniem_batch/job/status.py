@@ -12,12 +12,16 @@ from erniem_batch.errors import ConfigError
 from erniem_batch.job import attempts
 from erniem_batch.job.lease import BEAT_S, ENDED, FAILED, STOPPED, Holder, Lease, is_dead
 from erniem_batch.job.manifest import SUCCESS
-from erniem_batch.job.report import totals
+from erniem_batch.job.report import DRIFTED, TOO_MANY_DEAD, totals
 from erniem_batch.job.rundir import RunFolder, current_units
 
 RUNNING, DEAD, PLANNING = "running", "dead", "not planned yet"
-RECENT_S = 120.0
+RECENT_S, LEAST_S = 120.0, 5.0
 
+CODES = {
+    TOO_MANY_DEAD: "more dead letters than --max-dead-letters allows",
+    DRIFTED: "what was found has drifted, see _run/report.html",
+}
 WORDS = {
     RUNNING: "is running",
     DEAD: "has died: run the same command again, it goes on",
@@ -65,6 +69,8 @@ class Status:
         """The state, for people."""
         if self.state == ENDED and self.units_done < self.units:
             return "has ended incomplete: run the same command again, it goes on"
+        if self.state == ENDED and self.exit_code in CODES:
+            return f"has ended with exit code {self.exit_code}: {CODES[self.exit_code]}"
         return WORDS.get(self.state, self.state)
 
     def as_line(self) -> str:
@@ -126,7 +132,8 @@ def _sum(column: pa.ChunkedArray) -> int:
 
 def _speed(folder: RunFolder, generation: int) -> float | None:
     receipts, seconds = folder.last_receipts(generation, RECENT_S)
-    return _sum(receipts["n_tokens"]) / seconds if seconds else None
+    # Small units that travelled together come within one moment, whatever they took.
+    return _sum(receipts["n_tokens"]) / seconds if seconds >= LEAST_S else None
 
 
 def state_of(output: str) -> tuple[str, Holder | None]:

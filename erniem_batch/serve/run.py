@@ -3,11 +3,13 @@
 import math
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable
 
 from rich.console import Console
 
+from erniem_batch.errors import ConfigError
 from erniem_batch.job.cluster import SPARE_CPUS, connect_to
 from erniem_batch.serve.flags import ServeFlags
 from erniem_batch.serve.tokens import allowed_hashes
@@ -30,6 +32,8 @@ def serve(flags: ServeFlags, until: Callable[[], object] | None = None) -> None:
     # One event loop in a replica instead of three. Ours is always free, which Serve does not trust
     # it to be; a lonely request is answered some milliseconds earlier. Read when Ray starts.
     os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
+    if flags.address is None and "RAY_ADDRESS" not in os.environ:
+        require_free(flags.host, flags.port)
     cpus = sum(model.num_cpus for model in config.all_models)
     is_local = connect_to(
         flags.address, max(cores, math.ceil(cpus)) + SPARE_CPUS, flags.metrics_port
@@ -80,3 +84,18 @@ def serve(flags: ServeFlags, until: Callable[[], object] | None = None) -> None:
             if is_local:
                 ray_serve.shutdown()
                 ray.shutdown()
+
+
+def require_free(host: str, port: int) -> None:
+    """Raises a ConfigError if somebody listens there.
+
+    Ray would find out late, or not at all: its proxies share a port with those of another Ray.
+    """
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"port {port} of {host} cannot be used ({error.strerror}): end what listens there, or "
+            f"give another --port"
+        ) from None

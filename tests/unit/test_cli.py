@@ -42,6 +42,7 @@ def run(capsys, monkeypatch):
 def _report(**changes):
     values = dict.fromkeys((f.name for f in fields(RunReport)), 0)
     values |= {"output": "out", "fingerprint": "f", "failed_units": (), "versions": {}}
+    values |= {"drifted": (), "most_dead": "encode: RecordError"}
     return RunReport(**{**values, **changes})
 
 
@@ -246,7 +247,7 @@ def test_flags_become_the_configuration(run, monkeypatch):
 def test_every_task_has_its_flags(run, monkeypatch, arguments, options, text_column, columns):
     seen = []
     monkeypatch.setattr(cli, "run_job", lambda config, on_receipt=None: seen.append(config))
-    monkeypatch.setattr(cli, "_finished", lambda report: 0)
+    monkeypatch.setattr(cli, "_finished", lambda *_, **__: 0)
     assert run(*arguments, "--input", "a", "--output", "o")[0] == 0
     expected = {"options": options, "text_column": text_column, "fields": columns}
     assert seen == [JobConfig(input=["a"], output="o", **expected)]
@@ -285,6 +286,10 @@ def test_convert(run, tmp_path, ner_model_dir):
     [
         ({}, 0, "done"),
         ({"n_dead": 1}, 4, "dead letters in"),
+        ({"n_dead": 1}, 4, "most of them  encode: RecordError"),
+        ({"n_dead": 1}, 4, "not published  1 dead letters, 0 allowed"),
+        ({"drifted": ("labels: 1 -> 2",)}, 0, "drifted  labels: 1 -> 2"),
+        ({"drifted": ("labels",), "fail_on_drift": True}, 5, "without --fail-on-drift"),
         ({"n_dead": 1, "n_dead_allowed": 1}, 0, "dead letters in"),
         ({"n_missing": 1, "n_dead": 1}, 3, "run the same command again"),
         ({"n_missing": 1, "failed_units": (Receipt("u", "a", error="gone [x]"),)}, 3, "gone [x]"),

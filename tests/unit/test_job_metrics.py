@@ -87,6 +87,7 @@ def test_a_driver_tells_how_far_it_is(told):
     driver = DriverMetrics("qa", "s3://b/out")
     driver.report(2, 1, 10, 4, 0.25, 90.0)
     driver.report(3, 1, 10, 5, 0.5, 60.0)
+    driver.report(3, 1, 10, 5, 0.5, None)  # not known: what was said last stands
     assert {key[1:3] for key in told} == {("qa", "s3://b/out")}
     found = {(key[0], *key[3:]): value for key, value in told.items()}
     assert found == {

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import socket
 from dataclasses import fields
 from pathlib import Path
 from typing import get_args
@@ -29,6 +30,7 @@ from erniem_batch.serve.messages import (
     items_of,
 )
 from erniem_batch.serve.models import model_folders
+from erniem_batch.serve.run import require_free
 from erniem_batch.serve.tokens import VARIABLE, allowed_hashes, hash_of, is_allowed, new_token
 from erniem_batch.tasks.make import make_task
 
@@ -260,3 +262,14 @@ def test_what_is_no_request(task, body, place):
         REQUESTS[task].model_validate(body)
     places = [".".join(map(str, item["loc"])) for item in error.value.errors()]
     assert any(place in found for found in places), places
+
+
+def test_a_port_that_is_taken(capsys):
+    """Ray's proxies would share it with those of another Ray, and nobody would know."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        assert main(["serve", "--port", str(port)]) == 2
+    error = capsys.readouterr().err
+    assert f"port {port} of 127.0.0.1 cannot be used" in error
+    assert "give another --port" in error
+    require_free("127.0.0.1", port)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import count
 
 import pytest
 from fakes import KILLER, Killed, RefusingTagger, write_jsonl
@@ -43,6 +44,7 @@ def test_a_run_that_went_wrong(tmp_path, job):
     job(max_dead_letters="1")
     found = status.status(str(tmp_path / "out"))
     assert (found.state, found.exit_code, found.success) == ("ended", 4, False)
+    assert "exit code 4: more dead letters" in found.words
 
 
 class FailingTagger(UnitTagger):
@@ -111,35 +113,38 @@ def test_a_run_elsewhere_that_is_silent(tmp_path, job, fast):
     assert status.status(str(tmp_path / "out")).state == "dead"
 
 
-def test_speed_and_time_left(tmp_path, job, fast, monkeypatch):
+@pytest.mark.parametrize(
+    ("apart", "age", "known"), [(10, 0, True), (0.01, 0, False), (10, 999, False)]
+)
+def test_speed_and_time_left(tmp_path, job, fast, monkeypatch, apart, age, known):
+    """Not told of units that came at one moment, nor from those of a run that is long over."""
     corpus(tmp_path)
     folder = RunFolder(str(tmp_path / "out"))
 
-    class Slow(UnitTagger):
+    class Noting(UnitTagger):
         def tag(self, unit):
             receipt = super().tag(unit)
             folder.add_receipts(1, [receipt])
             return receipt
 
-    clock = iter(
-        range(1_000_000_000_000, 10**18, 5_000_000_000)
-    )  # ten seconds a unit, of two files
-    monkeypatch.setattr(time, "time_ns", lambda: next(clock))
-    with pytest.raises(Killed):
-        job(tagger=Slow, units=3)
-    monkeypatch.undo()
-    monkeypatch.setattr(lease, "BEAT_S", 0.2)
-    monkeypatch.setattr(status, "BEAT_S", 0.2)
-    receipts = folder.read_ledger(1)
-    per_unit = receipts["n_tokens"].to_pylist()[0]
+    now = time.time_ns()
+    moments = count(now - int((2 * apart + age) * 1e9), int(apart * 1e9 / 2))  # two files a unit
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time_ns", lambda: next(moments))
+        with pytest.raises(Killed):
+            job(tagger=Noting, units=3)
+    per_unit = folder.read_ledger(1)["n_tokens"].to_pylist()[0]
     held = Lease(folder.output).acquire()
     try:
         found = status.status(folder.output)
     finally:
         held.release("ended")
-    assert found.tokens_per_s == pytest.approx(per_unit / 10, abs=0.1)
-    assert found.eta_seconds == pytest.approx(10, abs=0.5)
     assert found.done_share == pytest.approx(0.75, abs=0.01)
+    if known:
+        assert found.tokens_per_s == pytest.approx(per_unit / 10, abs=0.1)
+        assert found.eta_seconds == pytest.approx(10, abs=0.5)
+    else:
+        assert (found.tokens_per_s, found.eta_seconds) == (None, None)
 
 
 def test_watching_ends_with_the_run(tmp_path, job, fast, capsys):
