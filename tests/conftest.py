@@ -25,6 +25,15 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
+# They may run beside those that share a Ray.
+WITH_SERVERS_OF_THEIR_OWN = (
+    "test_observability.py",
+    "test_serve_hostile.py",
+    "test_submit.py",
+    "test_training.py",
+)
+
+
 class ByCost(LoadScopeScheduling):
     """Which tests stay together in one of the two processes: those of a file; and all that start
     Ray and object stores, or make the models of the XLM-R oracle.
@@ -32,7 +41,7 @@ class ByCost(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         path = nodeid.partition("::")[0]
-        if path.endswith(("test_training.py", "test_serve_hostile.py")):  # beside other servers
+        if path.endswith(WITH_SERVERS_OF_THEIR_OWN):
             return path
         if "/fault/" in path or "/integration/" in path:
             return "servers"

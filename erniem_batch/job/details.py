@@ -129,7 +129,7 @@ def details(
         "ended": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "settings": info.settings,
         "stage_seconds": {
-            name: round(figures.get(f"{name}_seconds", 0.0), 2) for name in STAGES.values()
+            name: round(figures.get(f"{name}_seconds", 0.0), 4) for name in STAGES.values()
         },
         "repeated_windows": int(figures.get("repeated_windows", 0)),
         "oom_halvings": int(figures.get("oom_halvings", 0)),

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks job [--rounds 5] [--texts 400] [--peers FOLDER]
 
-All have the same weights (the size of ErnieM-base), texts (sentences, in four files) and threads.
+All have the same weights (the size of ErnieM-base), texts (sentences, in some files) and threads.
 What counts is the time from the first unit begun to the last one written: starting Ray and loading
 the model, which a night's work does once, are left out for everybody.
 
@@ -33,7 +33,6 @@ from tests.benchmarks.forward import HERE, workplace
 from tests.benchmarks.inputs import make_pieces
 from tests.benchmarks.peers import pythons
 
-N_FILES = 4
 NAIVE_BATCHES = (1, 8)
 
 app = App(help=__doc__)
@@ -45,6 +44,7 @@ def main(
     *,
     rounds: int = 5,
     texts: int = 400,
+    files: int = 4,
     threads: int = 2,
     peers: Path | None = None,
     folder: Path | None = None,
@@ -55,6 +55,7 @@ def main(
     Args:
         rounds: In which they take turns.
         texts: Of the corpus.
+        files: Of the corpus, each a unit: for `actors`, ten for each or more.
         threads: For each.
         peers: Where the Pythons of the others are; default: naive is left out.
         folder: For models; kept, and not made again.
@@ -62,11 +63,11 @@ def main(
     """
     with workplace(folder, vocab) as (scratch, folder):
         model = folder / "model" / "ner"
-        n_tokens = write_corpus(scratch / "in", model, texts)
+        n_tokens = write_corpus(scratch / "in", model, texts, files)
         found: dict[str, list[float]] = {"bare": [], "ours": [], "actors": []}
         naive_batch = None
         if peers is not None:
-            write_corpus(scratch / "few", model, texts // 8)
+            write_corpus(scratch / "few", model, texts // 8, files)
             python = pythons(peers, ["hf4"])["hf4"]
             tried = {
                 size: naive(python, model, scratch / "few", scratch / f"few{size}", threads, size)
@@ -110,16 +111,16 @@ def main(
     return report
 
 
-def write_corpus(folder: Path, model: Path, n_texts: int) -> int:
+def write_corpus(folder: Path, model: Path, n_texts: int, n_files: int = 4) -> int:
     """Parquet files of sentences; gives the number of their tokens."""
     from erniem_batch import ErnieMTokenizer
 
     folder.mkdir()
     pieces = make_pieces(ErnieMTokenizer.from_pretrained(model), "short", n_texts, seed=7)
-    for number in range(N_FILES):
-        texts = [piece["text"] for piece in pieces[number::N_FILES]]
+    for number in range(n_files):
+        texts = [piece["text"] for piece in pieces[number::n_files]]
         ids = [f"{number}-{i}" for i in range(len(texts))]
-        pq.write_table(pa.table({"id": ids, "text": texts}), folder / f"{number}.parquet")
+        pq.write_table(pa.table({"id": ids, "text": texts}), folder / f"{number:04}.parquet")
     return sum(len(piece["ids"]) - 2 for piece in pieces)
 
 
