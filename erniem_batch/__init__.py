@@ -4,8 +4,9 @@ The model, the tokenizer and `pipeline` work without Ray; the batch job is in `e
 the service in `erniem_batch.serve`, which `erniem_batch.client` asks.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from erniem_batch.lazy import lazily
 
 if TYPE_CHECKING:
     from erniem_batch.local import pipeline
@@ -50,12 +51,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazily(__name__, _MODULES, globals())
 
 
 def __dir__() -> list[str]:

@@ -191,8 +191,7 @@ for _command in TASK_COMMANDS:
 
 def _run(job: JobConfig, file: JobFile | None) -> int:
     """One job; shows its first results if it is the demo."""
-    if file is not None and file.print_config:
-        print(as_yaml(job), end="")
+    if _printed(job, file):
         return 0
     if job.is_demo and job.output is None:
         job = replace(job, output=default_output(job.task))
@@ -201,6 +200,14 @@ def _run(job: JobConfig, file: JobFile | None) -> int:
     if job.is_demo and job.output_format == "parquet":
         show = ResultView(Console(), storage.normal(job.output or ""), job)
     return _finished(run_job(job, on_receipt=show), with_table=job.log_format == "text")
+
+
+def _printed(job: JobConfig, file: JobFile | None) -> bool:
+    """Whether the configuration was all that was wanted."""
+    if file is None or not file.print_config:
+        return False
+    print(as_yaml(job), end="")
+    return True
 
 
 def job_of(config: JobConfig | None, options: Options, columns: Columns) -> JobConfig:
@@ -309,8 +316,7 @@ def _plan_command(task: str) -> Callable[..., int]:
         from erniem_batch.job.view import show_forecast
 
         job = job_of(config, options or options_class(), columns or columns_class())
-        if file is not None and file.print_config:
-            print(as_yaml(job), end="")
+        if _printed(job, file):
             return 0
         configure_logging(job.log_format)
         made = forecast(job, flags or PlanFlags())

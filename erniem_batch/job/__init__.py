@@ -5,8 +5,9 @@ pool -> `actor` reads its slice (`read`), asks the Predictor, writes one file (`
 back one receipt -> `run` checks that all is there and publishes the `manifest`.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from erniem_batch.lazy import lazily
 
 if TYPE_CHECKING:
     from erniem_batch.job.config import JobConfig
@@ -27,9 +28,4 @@ _MODULES = {
 __all__ = ["JobConfig", "RunReport", "Stopped", "replay_job", "result_files", "run_job"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazily(__name__, _MODULES, globals())

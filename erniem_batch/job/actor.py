@@ -194,15 +194,7 @@ class UnitTagger:
         started = time.perf_counter()
         run = self._run
         config = run.config
-        reader = UnitReader(
-            unit,
-            config.text_column,
-            config.carried_columns,
-            run.schema,
-            fields=config.fields,
-            added=config.added_columns,
-            text_flag=config.text_flag,
-        )
+        reader = UnitReader.of_job(config, unit, run.schema)
         tally = _Tally(self._predictor.task)
         n_written, n_bytes = write_tables(
             run.output,

@@ -8,12 +8,12 @@ next one removes them.
 import json
 import logging
 import re
+import shutil
 import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import IO, Any
 from urllib.parse import quote
@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from erniem_batch import storage
 from erniem_batch.errors import ConfigError
-from erniem_batch.job.lease import ENDED, FAILED, Lease
+from erniem_batch.job.lease import Lease
 from erniem_batch.job.manifest import (
     SUCCESS,
     Entry,
@@ -97,7 +97,10 @@ def compact(
     started = time.monotonic()
     _complete(output, source)  # before a lease is left in a folder that was meant by mistake
     _earlier_files(to, target)
-    with _held(source, as_it_was=True), _held(target) as lease:
+    with (
+        Lease(source).acquire().held(as_it_was=True),
+        Lease(target).acquire().held() as lease,
+    ):
         files = _complete(output, source)
         before = _earlier_files(to, target)
         schema = common_schema(source, files, partition_by)
@@ -125,22 +128,6 @@ def compact(
         sum(entry.n_bytes or 0 for entry in entries),
         round(time.monotonic() - started, 2),
     )
-
-
-@contextmanager
-def _held(folder: str, *, as_it_was: bool = False) -> Iterator[Lease]:
-    """The right to write into a folder.
-
-    Args:
-        as_it_was: how the last run ended is for its next one to know, whatever happens here.
-    """
-    lease = Lease(folder).acquire()
-    how = FAILED
-    try:
-        yield lease
-        how = ENDED
-    finally:
-        lease.release((as_it_was and lease.last_ended) or how)
 
 
 def _complete(output: str, source: str) -> list[Entry]:
@@ -335,8 +322,7 @@ class _Partition:
         n_rows, n_bytes = self.n_rows, self._file.seek(0, 2)
         self._file.seek(0)
         with storage.new_file(storage.join(self._target, name)) as file:
-            while piece := self._file.read(1 << 20):
-                file.write(piece)
+            shutil.copyfileobj(self._file, file)
         self._file.close()
         self._file = self._writer = None
         self._number += 1

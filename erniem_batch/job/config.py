@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 from erniem_batch.config import PredictorConfig
 from erniem_batch.errors import ConfigError
+from erniem_batch.job.drift import THRESHOLD
 from erniem_batch.language import require_detector
 from erniem_batch.options import (
     ClassifyOptions,
@@ -113,7 +114,7 @@ class JobConfig:
     overwrite: bool = False
     compare: Annotated[str | None, Parameter(negative=())] = None
     fail_on_drift: Annotated[bool, Parameter(negative=())] = False
-    drift_threshold: float = 0.1
+    drift_threshold: float = THRESHOLD
     report_samples: int = 0
     log_format: Literal["text", "json"] = "text"
     detect_language: Annotated[bool, Parameter(negative=())] = False

@@ -21,11 +21,11 @@ import yaml
 from cyclopts import App, ArgumentCollection, Parameter
 from cyclopts.config import Dict
 
-from erniem_batch import storage
 from erniem_batch.columns import COLUMNS
 from erniem_batch.errors import ConfigError
 from erniem_batch.job.config import JobConfig
 from erniem_batch.options import OPTIONS, TASKS
+from erniem_batch.plain_yaml import read_plain_yaml
 from erniem_batch.thresholds import with_numbers
 
 FLAG = "--config"
@@ -71,14 +71,7 @@ def read_job_file(path: str) -> dict[str, Any]:
     Raises:
         ConfigError: no such file, not YAML, no mapping, or an environment variable is not set.
     """
-    data = storage.read(storage.normal(path))
-    if data is None:
-        raise ConfigError(f"--config: there is no file {path}")
-    try:
-        # All as it is written, as on the command line: to YAML, 1:8 is 68 and no is false.
-        content = yaml.load(data.decode("utf-8"), Loader=yaml.BaseLoader)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {path}: not valid YAML: {error}") from None
+    content = read_plain_yaml(path, FLAG)
     if not isinstance(content, Mapping):
         raise ConfigError(f"--config {path}: expected a mapping from names of flags to values")
     return {

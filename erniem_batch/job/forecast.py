@@ -260,15 +260,7 @@ def read_piece(
     Args:
         most: how many; None: all.
     """
-    reader = UnitReader(
-        unit,
-        config.text_column,
-        config.carried_columns,
-        info.arrow_schema,
-        fields=config.fields,
-        added=config.added_columns,
-        text_flag=config.text_flag,
-    )
+    reader = UnitReader.of_job(config, unit, info.arrow_schema)
     read, before = 0, 0.0
     items: list[tuple[Record, Encoded]] = []
     share, n_rows, n_tokens, n_windows, is_all = 0.0, 0, 0, 0, True

@@ -6,6 +6,8 @@ import os
 import threading
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
@@ -98,6 +100,26 @@ class Lease:
                 f"another run has taken over {self.output}, since this one did not say for "
                 f"{STALE_S:.0f} s that it is alive; it goes on with the rest"
             )
+
+    @contextmanager
+    def held(
+        self, stopped: tuple[type[BaseException], ...] = (), *, as_it_was: bool = False
+    ) -> Iterator[Self]:
+        """Gives it back after the block; the next run learns how this one ended.
+
+        Args:
+            stopped: what a stop raises, which is no failure.
+            as_it_was: this is no run: the next one is told of the last.
+        """
+        how = FAILED
+        try:
+            yield self
+            how = ENDED
+        except stopped:
+            how = STOPPED
+            raise
+        finally:
+            self.release((as_it_was and self.last_ended) or how)
 
     def release(self, how: str) -> None:
         """Gives the lease back."""

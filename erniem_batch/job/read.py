@@ -1,13 +1,14 @@
 """A unit's rows as chunks, whatever format they are in; and the columns that a run has."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 
 from erniem_batch import storage
 from erniem_batch.errors import ConfigError, StorageError
 from erniem_batch.job.chunks import CONTENT_ERRORS, Chunk, flag_of, require_no_clash, select
+from erniem_batch.job.config import JobConfig
 from erniem_batch.job.jsonl import read_jsonl, sample, schema_of_sample
 from erniem_batch.job.parquet import parquet_schema, read_parquet, require_column, require_text
 from erniem_batch.job.units import SourceFile, Unit
@@ -48,6 +49,19 @@ class UnitReader:
         self.columns = columns
         self.schema = schema
         self._sources: list[storage.InputFile] = []
+
+    @classmethod
+    def of_job(cls, config: JobConfig, unit: Unit, schema: pa.Schema) -> Self:
+        """With the columns of a job."""
+        return cls(
+            unit,
+            config.text_column,
+            config.carried_columns,
+            schema,
+            fields=config.fields,
+            added=config.added_columns,
+            text_flag=config.text_flag,
+        )
 
     @property
     def n_bytes(self) -> int:

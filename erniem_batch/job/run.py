@@ -20,11 +20,11 @@ from erniem_batch import storage
 from erniem_batch.errors import ConfigError, StorageError, fault_of
 from erniem_batch.job import attempts
 from erniem_batch.job.actor import Assignment, Receipt
-from erniem_batch.job.cluster import connect, find_pool, is_connected
+from erniem_batch.job.cluster import connect, is_connected
 from erniem_batch.job.config import JobConfig
 from erniem_batch.job.details import Comparison, dead_letters, details, files_with_rows, forecast_of
 from erniem_batch.job.finish import finish
-from erniem_batch.job.lease import ENDED, FAILED, STOPPED, Lease
+from erniem_batch.job.lease import STOPPED, Lease
 from erniem_batch.job.manifest import (
     read_manifest,
     unmark_success,
@@ -34,6 +34,7 @@ from erniem_batch.job.page import page
 from erniem_batch.job.plan import open_run, plan_run
 from erniem_batch.job.progress import Progress, read_figures, start_counter
 from erniem_batch.job.report import RunReport, totals
+from erniem_batch.job.room import find_pool
 from erniem_batch.job.rundir import (
     LedgerWriter,
     RunFolder,
@@ -134,7 +135,8 @@ def _run(config: JobConfig, on_receipt: OnReceipt | None, replay: bool) -> RunRe
             found = None if replay else _find(config)
             model = local_folder(config.model, config.task)
             digest = model_digest(model)
-        with _leased(output) as lease:
+            lease = Lease(output).acquire()
+        with lease.held((Stopped,)):
             return _go_on(config, on_receipt, lease, found, model, digest)
 
 
@@ -211,22 +213,6 @@ def _page(config: JobConfig, output: str, state: State, values: dict[str, Any]) 
     except Exception as error:
         logger.error("report.html could not be made, report.json has it all: %s", fault_of(error))
         return NO_PAGE
-
-
-@contextmanager
-def _leased(output: str) -> Iterator[Lease]:
-    """The right to write while the block runs; the next run learns how this one ended."""
-    with _preflight():
-        lease = Lease(output).acquire()
-    how = FAILED
-    try:
-        yield lease
-        how = ENDED
-    except Stopped:
-        how = STOPPED
-        raise
-    finally:
-        lease.release(how)
 
 
 def default_output(task: str) -> str:

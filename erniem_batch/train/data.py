@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from erniem_batch import storage
 from erniem_batch.config import PredictorConfig
 from erniem_batch.errors import ConfigError
 from erniem_batch.evaluate.read import named_flag
@@ -18,6 +17,7 @@ from erniem_batch.gold import Annotated, held_out, read_annotated
 from erniem_batch.model.config import ErnieMConfig
 from erniem_batch.model.fetch import ENCODER, head_url, local_folder
 from erniem_batch.options import EmbedOptions
+from erniem_batch.plain_yaml import read_plain_yaml
 from erniem_batch.predictor import Predictor
 from erniem_batch.records import FloatArray, Prediction
 from erniem_batch.text.tokenizer import ErnieMTokenizer
@@ -235,15 +235,7 @@ def prompts_of(config: FinetuneConfig) -> Prompts:
     """The prompts of a training; without a file each label is its own name."""
     if config.prompts is None:
         return Prompts()
-    import yaml
-
-    data = storage.read(storage.normal(config.prompts))
-    if data is None:
-        raise ConfigError(f"--prompts: there is no file {config.prompts}")
-    try:
-        content = yaml.load(data.decode("utf-8"), Loader=yaml.BaseLoader)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"--prompts {config.prompts}: not valid YAML: {error}") from None
+    content = read_plain_yaml(config.prompts, "--prompts")
     return read_prompts(content, f"--prompts {config.prompts}")
 
 
