@@ -10,15 +10,15 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from fault.runs import Process, processes, wait_until
+
 RAY = str(Path(sys.executable).with_name("ray"))
-ROOT = Path(__file__).parents[1]
 MARK = "ERNIEM_TEST_CLUSTER"  # in the environment of every process of a cluster
 START_S = 120.0
 GONE_S = 10.0
@@ -39,7 +39,6 @@ class Head:
     Attributes:
         address: for --address and RAY_ADDRESS.
         dashboard: URL of the dashboard, which takes jobs.
-        client: the same for Ray Client.
         environment: of processes that are to use it; no variable of another Ray among them.
     """
 
@@ -49,7 +48,6 @@ class Head:
         port, web, agent, client = free_ports(4)
         self.address = f"127.0.0.1:{port}"
         self.dashboard = f"http://127.0.0.1:{web}"
-        self.client = f"ray://127.0.0.1:{client}"
         self._mark = uuid.uuid4().hex
         inherited = {name: v for name, v in os.environ.items() if not name.startswith("RAY_")}
         self.environment = inherited | {
@@ -85,57 +83,39 @@ class Head:
         )
         assert done.returncode == 0, done.stdout
 
-    def processes(self, name: str = "") -> dict[int, str]:
-        """Process numbers and commands of what belongs to it, this process excepted."""
-        return {pid: command for pid, (_, command) in self._all().items() if name in command}
+    def processes(self, name: str = "") -> list[Process]:
+        """What belongs to it and has the name in its command, this process excepted."""
+        mark = f"{MARK}={self._mark}".encode()
+        found = []
+        for process in processes().values():
+            with suppress(OSError):
+                environment = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
+                if mark in environment and name in process.command and process.pid != os.getpid():
+                    found.append(process)
+        return found
 
     def raylets(self) -> list[int]:
         """Process numbers of its nodes; a fork of one that has yet to become an agent is none."""
-        there = {pid: way for pid, way in self._all().items() if "raylet/raylet" in way[1]}
-        return sorted(pid for pid, (parent, _) in there.items() if parent not in there)
-
-    def _all(self) -> dict[int, tuple[int, str]]:
-        """Parent and command by process number."""
-        found = {}
-        mark = f"{MARK}={self._mark}".encode()
-        for entry in os.scandir("/proc"):
-            if not entry.name.isdigit() or int(entry.name) == os.getpid():
-                continue
-            with suppress(OSError):
-                folder = Path("/proc") / entry.name
-                state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
-                if state not in "ZX" and mark in (folder / "environ").read_bytes().split(b"\0"):
-                    command = (folder / "cmdline").read_bytes().replace(b"\0", b" ")
-                    found[int(entry.name)] = int(parent), command.decode(errors="replace")
-        return found
+        there = {process.pid: process for process in self.processes("raylet/raylet")}
+        return sorted(pid for pid, process in there.items() if process.parent not in there)
 
     def end(self) -> None:
         """Ends all its processes, first the monitor, which would start nodes anew."""
-        for pid in self.processes("monitor.py"):
-            _kill(pid)
+        for process in self.processes("monitor.py"):
+            _kill(process)
 
         def none_left() -> bool:
             left = self.processes()
-            for pid in left:
-                _kill(pid)
+            for process in left:
+                _kill(process)
             return not left
 
         assert wait_until(none_left, GONE_S, every=0.3), f"still there: {self.processes()}"
 
 
-def _kill(pid: int) -> None:
+def _kill(process: Process) -> None:
     with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-
-
-def wait_until(condition: Callable[[], Any], timeout: float, every: float = 0.1) -> bool:
-    """Whether the condition came true in time."""
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(every)
-    return bool(condition())
+        os.kill(process.pid, signal.SIGKILL)
 
 
 @contextmanager

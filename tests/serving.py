@@ -17,13 +17,6 @@ from erniem_batch.serve.engine import Engine
 ENDS_IN_S = 30
 
 
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
-
-
 @contextmanager
 def served(app: Any) -> Iterator[str]:
     """Its address, while it runs in a thread with an event loop of its own."""

@@ -1,5 +1,6 @@
 """The command as a user starts it, the processes that belong to it, and how to end them."""
 
+import json
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 MARK = "ERNIEM_DRILL_RUN"
@@ -161,6 +163,18 @@ class Run:
         lines = [re.sub(r"\s+", " ", line) for line in text.splitlines() if line.strip()]
         told = [line for line in lines if not line.startswith("{")]
         return " | ".join(told[-4:])[-500:]
+
+
+def answer(*arguments: object) -> Any:
+    """What a command of ours says on stdout, in its last line."""
+    done = subprocess.run(
+        [sys.executable, "-m", "erniem_batch.cli", *map(str, arguments)],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def wait_until(condition: Callable[[], bool], timeout: float, every: float = 0.03) -> bool:

@@ -11,12 +11,11 @@ from pathlib import Path
 import httpx
 import pytest
 from fakes import write_jsonl
-from manifests import BATCH_METRICS
-from serving import free_port
+from fault.runs import ROOT, answer, free_port
+from manifests.figures import BATCH_METRICS
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
-ROOT = Path(__file__).parents[2]
 # A job on a Ray of its own, whose metrics stand at a port that we know.
 JOB = """
 import sys
@@ -55,7 +54,7 @@ def test_a_running_job_can_be_watched(tmp_path: Path, ner_model_dir: Path) -> No
         while process.poll() is None:
             seen |= names_of(f"http://127.0.0.1:{port}/metrics")
             if "erniem_batch_units" in seen and not any(s["units_done"] for s in states):
-                states.append(_status(output))
+                states.append(answer("status", output))
             time.sleep(1)
         last = json.loads(process.communicate()[0].splitlines()[-1])
     finally:
@@ -66,7 +65,7 @@ def test_a_running_job_can_be_watched(tmp_path: Path, ner_model_dir: Path) -> No
     assert seen >= wanted, f"missing: {wanted - seen}"
     assert {state["state"] for state in states} == {"running"}
     assert 0 < states[-1]["units_done"] < states[-1]["units"] == 150
-    assert _status(output)["state"] == "ended"
+    assert answer("status", output)["state"] == "ended"
     messages = [json.loads(line) for line in lines if line.startswith("{")]
     progress = [m["message"] for m in messages if m["message"].startswith("progress ")]
     assert progress
@@ -74,13 +73,3 @@ def test_a_running_job_can_be_watched(tmp_path: Path, ner_model_dir: Path) -> No
         r"progress units=\d+/150 rows=\d+ tokens_per_s=\d+ actors=1 done=[\d.]+% eta_s=\d+",
         progress[-1],
     )
-
-
-def _status(output: Path) -> dict[str, object]:
-    program = "from erniem_batch.cli import program; raise SystemExit(program())"
-    done = subprocess.run(
-        [sys.executable, "-c", program, "status", output],
-        check=True, capture_output=True, text=True, cwd=ROOT,
-    )  # fmt: skip
-    found: dict[str, object] = json.loads(done.stdout)
-    return found

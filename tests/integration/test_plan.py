@@ -1,33 +1,20 @@
 """`plan` against the run that follows it, on this machine."""
 
 import json
-import subprocess
-import sys
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import pytest
 from fakes import write_jsonl
+from fault.runs import answer
 
 from erniem_batch.options import DEMO_FOLDER
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 
-ROOT = Path(__file__).parents[2]
 LEAST_S = 180
 TOLERANCE = 0.15
 ROWS_A_FILE = 140
-
-
-def command(*arguments: object) -> Any:
-    """What a command of ours says on stdout, in its last line."""
-    program = "from erniem_batch.cli import program; raise SystemExit(program())"
-    done = subprocess.run(
-        [sys.executable, "-c", program, *map(str, arguments)],
-        check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT,
-    )  # fmt: skip
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def sample_texts() -> list[str]:
@@ -49,10 +36,10 @@ def test_the_time_of_a_run_is_foretold(tmp_path: Path) -> None:
         ]
         write_jsonl(tmp_path / "in" / f"{number:04}.jsonl", rows)
         if number % 40 == 0:
-            made = command("plan", "ner", *where, "--read-all")
+            made = answer("plan", "ner", *where, "--read-all")
             if made["seconds"] > LEAST_S * 1.2:
                 break
-    report = command("ner", *where)
+    report = answer("ner", *where)
     written = json.loads((tmp_path / "out" / "_run" / "report.json").read_text())
     print(json.dumps(written["forecast"]))
     assert (made["rows"], made["tokens"]) == (report["n_rows"], report["n_tokens"])

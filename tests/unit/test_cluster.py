@@ -15,18 +15,17 @@ from ray.core.generated.autoscaler_pb2 import (
 
 from erniem_batch.errors import ConfigError
 from erniem_batch.job import JobConfig
-from erniem_batch.job.cluster import (
+from erniem_batch.job.cluster import Pool, local_pool
+from erniem_batch.job.room import (
     GROWN_ACTORS,
     HEAD,
     REFUSED_S,
     Answers,
     Cluster,
     Group,
-    Pool,
     Refusal,
     check_fits,
     cluster_pool,
-    local_pool,
     read_cluster,
     what_comes,
 )

@@ -13,27 +13,16 @@ from typing import Any
 import certifi
 import httpx
 import pytest
-from kuberay_schema import POD_TEMPLATE, REDUCED, full_schemas, reduced, strict, used_values
-from manifests import (
-    DEPLOY,
-    ROOT,
-    SERVE_METRICS,
-    all_problems,
-    cluster_problems,
-    deploy_files,
-    difference,
-    expression_problems,
-    file_problems,
-    image_files,
-    is_ignored,
-    job_problems,
-    load_all,
-    quantity,
-    schedule_problems,
-    schema_problems,
-    service_problems,
-    stages,
-)
+from kuberay_schema import POD_TEMPLATE, REDUCED, ROOT, full_schemas, reduced, strict, used_values
+from manifests import all_problems, deploy_files, difference, file_problems
+from manifests.clusters_of_ray import cluster_problems, quantity
+from manifests.common import DEPLOY, load_all
+from manifests.figures import SERVE_METRICS, expression_problems
+from manifests.image import image_files, is_ignored, stages
+from manifests.jobs import job_problems
+from manifests.schemas import schema_problems
+from manifests.service import service_problems
+from manifests.times import schedule_problems
 
 FILES = deploy_files()
 

@@ -4,9 +4,9 @@ import sys
 import threading
 from collections import Counter as Sums
 
-import manifests
 import pytest
 from fakes import KILLER, RefusingTagger, ner_config, tag_files, write_jsonl
+from manifests.figures import BATCH_METRICS
 
 from erniem_batch.job.config import JobConfig
 from erniem_batch.job.metrics import ActorMetrics, DriverMetrics
@@ -51,7 +51,7 @@ def told(monkeypatch):
 def test_names_are_those_of_the_dashboard(told):
     ActorMetrics("ner")
     DriverMetrics("ner", "out")
-    assert told.kinds == manifests.BATCH_METRICS
+    assert told.kinds == BATCH_METRICS
 
 
 def test_an_actor_tells_what_its_receipts_say(tmp_path, told, ner_model_dir):
