@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from clusters import ROOT, Head, growing_cluster, wait_until
+from clusters import Head, growing_cluster
 from fault.corpus import make_corpus, save_model
 from fault.results import is_data, names_in, read_result
+from fault.runs import ROOT, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 

@@ -10,9 +10,10 @@ from zipfile import ZipFile
 
 import pyarrow.parquet as pq
 import pytest
-from clusters import RAY, ROOT, head_with_jobs, wait_until
+from clusters import RAY, head_with_jobs
 from fault.corpus import make_corpus, save_model
 from fault.results import is_data, names_in, read_result
+from fault.runs import ROOT, wait_until
 
 import erniem_batch
 from erniem_batch.job import result_files
