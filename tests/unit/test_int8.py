@@ -9,6 +9,7 @@ import torch
 
 from erniem_batch.config import PredictorConfig
 from erniem_batch.errors import ConfigError
+from erniem_batch.model import int8
 from erniem_batch.model.encoder import ErnieMModel
 from erniem_batch.model.fetch import local_folder
 from erniem_batch.model.heads import HEADS
@@ -52,12 +53,49 @@ def test_rows_are_for_themselves():
     assert torch.equal(layer(quantize(x)), together)
 
 
-def test_without_onednn(monkeypatch):
+def _extreme() -> tuple[torch.nn.Linear, torch.Tensor]:
+    """Weights and activations that are all as large as they can be."""
     torch.manual_seed(2)
-    linear, x = torch.nn.Linear(64, 32), torch.randn(9, 64)
+    linear, x = torch.nn.Linear(64, 32), torch.full((9, 64), 3.0)
+    with torch.no_grad():
+        linear.weight[:] = torch.tensor([0.5, -0.5]).repeat(16)[:, None]
+    return linear, x
+
+
+@pytest.mark.parametrize("extreme", [False, True])
+def test_without_onednn(monkeypatch, extreme):
+    linear, x = _extreme()
+    if not extreme:
+        linear, x = torch.nn.Linear(64, 32), torch.randn(9, 64)
     fast = Int8Linear(linear)(x)
-    monkeypatch.setattr("erniem_batch.model.int8._has_onednn", lambda: False)
-    torch.testing.assert_close(Int8Linear(linear)(x), fast, atol=1e-5, rtol=0)
+    monkeypatch.setattr(int8, "_has_onednn", lambda: False)
+    torch.testing.assert_close(Int8Linear(linear)(x), fast, atol=1e-5, rtol=1e-6)
+
+
+def test_largest_products_are_right_on_this_machine():
+    """Two of them are more than 16 bits hold, which processors without VNNI add them in."""
+    linear, x = _extreme()
+    with torch.no_grad():
+        torch.testing.assert_close(Int8Linear(linear)(x), linear(x), atol=0, rtol=1e-5)
+
+
+def test_weights_have_a_bit_less_where_products_are_cut_off(monkeypatch):
+    asked = []
+
+    def is_exact(weight: int) -> bool:
+        asked.append(weight)
+        return weight < 100
+
+    monkeypatch.setattr(int8, "_is_exact", is_exact)
+    int8._onednn_limit.cache_clear()
+    try:
+        assert int8._onednn_limit() == 64
+        assert asked == [127, 64]
+        layer = Int8Linear(torch.nn.Linear(64, 32))
+        x = torch.randn(9, 64)
+        assert torch.allclose(layer(x), layer(quantize(x)))
+    finally:
+        int8._onednn_limit.cache_clear()
 
 
 def test_a_row_of_zeros():
