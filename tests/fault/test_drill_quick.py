@@ -10,7 +10,8 @@ from .corpus import make_corpus, save_model
 from .results import compare, is_data, names_in, read_result
 from .runs import Run, wait_until
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+# tests/unit/test_run.py has shorter ones of the same.
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
 
 
 def test_a_killed_run_is_finished_by_the_next(tmp_path: Path) -> None:

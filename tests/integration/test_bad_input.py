@@ -250,7 +250,7 @@ def test_out_of_memory_loses_nothing(tmp_path, ner_model_dir):
     assert len(count_passes(tmp_path / "out2")) > len(count_passes(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+@pytest.mark.parametrize("kind", [pytest.param("parquet", marks=pytest.mark.slow), "jsonl"])
 def test_replay(tmp_path, ner_model_dir, kind):
     """What failed for a reason that is gone comes out; what is bad stays in the dead letters."""
     rows = _rows("a", 30)

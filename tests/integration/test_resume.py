@@ -179,7 +179,7 @@ def test_files_of_others_are_not_written_over(tmp_path, ner_model_dir):
     [
         ("s3", "parquet"),
         pytest.param("s3", "jsonl", marks=pytest.mark.slow),
-        ("gs", "parquet"),
+        pytest.param("gs", "parquet", marks=pytest.mark.slow),
     ],
 )
 def test_object_storage(tmp_path, ner_model_dir, request, monkeypatch, kind, output_format):

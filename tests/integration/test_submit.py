@@ -182,6 +182,7 @@ def test_exit_codes(head, client, corpus, whole, tmp_path):
     assert (report["exit_code"], report["n_units_now"]) == (4, 0)  # all was done already
 
 
+@pytest.mark.slow
 def test_stopped_submitted_again_and_submitted_twice(head, client, corpus, whole, tmp_path):
     """What was finished stays as it is, the rest is done, and a second job keeps its hands off."""
     output = tmp_path / "out"

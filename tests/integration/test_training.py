@@ -214,6 +214,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[list[str]], Started]]:
         command.end()
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on(tmp_path, straight, model, data, start):
     """The same figures and weights as those of a training that nobody killed."""
     output = tmp_path / "out"
@@ -263,6 +264,7 @@ def test_two_workers_are_as_good_as_one(tmp_path, straight, command):
     assert (code, same) == (0, report)
 
 
+@pytest.mark.slow  # tests/unit has the mistakes themselves
 def test_a_mistake_that_only_workers_find(tmp_path, command):
     """It ends the run at once, and mended, the command may use the same output."""
     output = tmp_path / "out"
