@@ -15,6 +15,8 @@ from erniem_batch.serve.flags import ServeFlags
 from erniem_batch.serve.tokens import allowed_hashes
 
 NAME = "erniem-batch"
+# For so many replicas.
+DIRECT_PORTS = 1000
 
 
 def serve(flags: ServeFlags, until: Callable[[], object] | None = None) -> None:
@@ -29,14 +31,14 @@ def serve(flags: ServeFlags, until: Callable[[], object] | None = None) -> None:
     cores = os.cpu_count() or 1
     config = flags.app_config(cores)
     allowed_hashes(config)  # said now, not by a replica later
-    # One event loop in a replica instead of three. Ours is always free, which Serve does not trust
-    # it to be; a lonely request is answered some milliseconds earlier. Read when Ray starts.
-    os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
-    # That opens a port of each replica for load balancers, and a replica that ends would give them
-    # half a minute to notice. There are none, so the end need not wait.
-    os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "0")
     if flags.address is None and "RAY_ADDRESS" not in os.environ:
-        require_free(flags.host, flags.port)
+        require_free("port", flags.host, flags.port)
+        if flags.direct_port is not None:
+            require_free("direct-port", flags.host, flags.direct_port)
+    elif flags.direct_port is not None:
+        raise ConfigError("--direct-port is for a Ray of its own, not for one that runs already")
+    for name, value in _settings_of_ray(flags.direct_port).items():
+        os.environ.setdefault(name, value)
     cpus = sum(model.num_cpus for model in config.all_models)
     is_local = connect_to(
         flags.address, max(cores, math.ceil(cpus)) + SPARE_CPUS, flags.metrics_port
@@ -71,6 +73,8 @@ def serve(flags: ServeFlags, until: Callable[[], object] | None = None) -> None:
     console.print(f"serving {', '.join(m.name for m in config.all_models)}", highlight=False)
     console.print(f"  page     {scheme}://{flags.host}:{flags.port}/")
     console.print(f"  API      {scheme}://{flags.host}:{flags.port}/docs")
+    if flags.direct_port is not None:
+        console.print(f"  direct   {scheme}://{flags.host}:{flags.direct_port}/")
     if is_local:
         node = next(node for node in ray.nodes() if node["Alive"])
         console.print(f"  metrics  http://127.0.0.1:{node['MetricsExportPort']}/metrics")
@@ -89,7 +93,27 @@ def serve(flags: ServeFlags, until: Callable[[], object] | None = None) -> None:
                 ray.shutdown()
 
 
-def require_free(host: str, port: int) -> None:
+def _settings_of_ray(direct_port: int | None) -> dict[str, str]:
+    """What Ray Serve reads from the environment when it starts."""
+    settings = {
+        # One event loop in a replica instead of three. Ours is always free, which Serve does not
+        # trust it to be; a lonely request is answered some milliseconds earlier.
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        # That would open a port of each replica, whether or not somebody wants it.
+        "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
+    }
+    if direct_port is None:
+        return settings
+    return settings | {
+        "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(direct_port),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(min(direct_port + DIRECT_PORTS, 65535)),
+        # Half a minute for load balancers to notice an end; there are none.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+    }
+
+
+def require_free(flag: str, host: str, port: int) -> None:
     """Raises a ConfigError if somebody listens there.
 
     Ray would find out late, or not at all: its proxies share a port with those of another Ray.
@@ -100,5 +124,5 @@ def require_free(host: str, port: int) -> None:
     except OSError as error:
         raise ConfigError(
             f"port {port} of {host} cannot be used ({error.strerror}): end what listens there, or "
-            f"give another --port"
+            f"give another --{flag}"
         ) from None

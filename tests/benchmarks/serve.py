@@ -12,8 +12,7 @@ text when it has its answer. `short` texts have 10 to 40 tokens, of many languag
             Lists of 32, what 32 clients have under way at a time, are the mark, 100 %; all in one
             call can be sorted by length, which no service can do.
   ours      `erniem-batch serve` behind Ray Serve's own proxy.
-  direct    The same, asked past the proxy at the replica's own port (Ray's direct ingress), as a
-            load balancer would.
+  direct    The same, asked past the proxy at the replica's own port (`--direct-port`).
   naive     transformers behind `@serve.batch`, as tutorials have it. It cuts long texts off, so of
             `mixed` it computes less: compare tokens/s.
   infinity  infinity-emb, of the Python given, for classification and embeddings. It does not know
@@ -141,11 +140,11 @@ def contenders(folder: Path, threads: int, infinity_python: Path | None) -> list
     direct = replace(
         ours,
         name="direct",
-        command=["OTHER" if part == "PORT" else part for part in ours.command],
-        environment={
-            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": "PORT",
-            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": "65000",
-        },
+        command=[
+            *("OTHER" if part == "PORT" else part for part in ours.command),
+            "--direct-port",
+            "PORT",
+        ],
     )
     naive = Contender(
         name="naive",
@@ -180,10 +179,11 @@ def running(contender: Contender, folder: Path, threads: int) -> Iterator[str]:
     port = free_port()
     ports = {"PORT": str(port), "OTHER": str(free_port())}
     command = [ports.get(part, part) for part in contender.command]
-    own = {name: ports.get(value, value) for name, value in contender.environment.items()}
     log_path = folder / f"{contender.name}.log"
     with log_path.open("ab") as log:
-        process = subprocess.Popen(command, env=environment(threads) | own, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            command, env=environment(threads) | dict(contender.environment), stdout=log, stderr=log
+        )
     try:
         address = f"http://127.0.0.1:{port}"
         wait_for_answer(contender, address, process, log_path)
@@ -505,7 +505,7 @@ def main(
         clients: How many at a time.
         kinds: Of texts: short, mixed.
         tasks: ner, classify, embed. The naive server does ner, infinity the others.
-        servers: ours, naive, infinity; default: all.
+        servers: ours, direct, naive, infinity; default: all.
         threads: Of torch, for all.
         vocab: Folder with the vocabulary of the model; default: ../shared/vocab beside the
             repository if it is there, else that of the demo.

@@ -231,7 +231,7 @@ def drawn_metrics() -> set[str]:
 
 def test_the_command_serves_and_ends(service_dir, tmp_path):
     """`erniem-batch serve` as people run it: its own Ray, and a calm end on SIGTERM."""
-    port = free_port()
+    port, direct_port = free_port(), free_port()
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     command = [
         sys.executable,
@@ -239,6 +239,7 @@ def test_the_command_serves_and_ends(service_dir, tmp_path):
         "from erniem_batch.cli import program; raise SystemExit(program())",
         "serve",
         *("--model", str(service_dir), "--tasks", "ner,qa", "--port", str(port)),
+        *("--direct-port", str(direct_port)),
     ]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
@@ -248,7 +249,9 @@ def test_the_command_serves_and_ends(service_dir, tmp_path):
             assert process.poll() is None, (tmp_path / "log").read_text()
             assert time.monotonic() < give_up
             time.sleep(0.5)
-        assert ask(f"http://127.0.0.1:{port}").status_code == 200
+        answers = [ask(f"http://127.0.0.1:{n}") for n in (port, direct_port)]
+        assert [answer.status_code for answer in answers] == [200, 200]
+        assert answers[0].json() == answers[1].json()
         (metrics,) = re.findall(r"http://\S+/metrics", (tmp_path / "log").read_text())
         give_up = time.monotonic() + 60
         while absent := drawn_metrics() - set(
@@ -257,10 +260,8 @@ def test_the_command_serves_and_ends(service_dir, tmp_path):
             assert time.monotonic() < give_up, absent
             ask(f"http://127.0.0.1:{port}")
             time.sleep(1)
-        started = time.monotonic()
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
-        assert time.monotonic() - started < 45
     finally:
         process.kill()
         process.wait()

@@ -30,7 +30,7 @@ from erniem_batch.serve.messages import (
     items_of,
 )
 from erniem_batch.serve.models import model_folders
-from erniem_batch.serve.run import require_free
+from erniem_batch.serve.run import _settings_of_ray, require_free
 from erniem_batch.serve.tokens import VARIABLE, allowed_hashes, hash_of, is_allowed, new_token
 from erniem_batch.tasks.make import make_task
 
@@ -264,12 +264,30 @@ def test_what_is_no_request(task, body, place):
     assert any(place in found for found in places), places
 
 
-def test_a_port_that_is_taken(capsys):
+@pytest.mark.parametrize("flag", ["port", "direct-port"])
+def test_a_port_that_is_taken(capsys, flag):
     """Ray's proxies would share it with those of another Ray, and nobody would know."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        assert main(["serve", "--port", str(port)]) == 2
+        other = [] if flag == "port" else ["--port", "0"]
+        assert main(["serve", f"--{flag}", str(port), *other]) == 2
     error = capsys.readouterr().err
     assert f"port {port} of 127.0.0.1 cannot be used" in error
-    assert "give another --port" in error
-    require_free("127.0.0.1", port)
+    assert f"give another --{flag}" in error
+    require_free(flag, "127.0.0.1", port)
+
+
+def test_ports_of_replicas_are_opened_when_asked_for():
+    plain, direct = _settings_of_ray(None), _settings_of_ray(65000)
+    assert plain["RAY_SERVE_ENABLE_DIRECT_INGRESS"] == "0"
+    assert direct["RAY_SERVE_ENABLE_DIRECT_INGRESS"] == "1"
+    ports = [direct[f"RAY_SERVE_DIRECT_INGRESS_{end}_HTTP_PORT"] for end in ("MIN", "MAX")]
+    assert ports == ["65000", "65535"]
+    from ray.serve._private import constants
+
+    assert not [name for name in direct if not hasattr(constants, name)], "as Ray calls them"
+
+
+def test_a_direct_port_of_another_ray(capsys):
+    assert main(["serve", "--direct-port", "8001", "--address", "127.0.0.1:1"]) == 2
+    assert "--direct-port is for a Ray of its own" in capsys.readouterr().err
