@@ -17,6 +17,7 @@ from fastapi import APIRouter, Body, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
+from fastapi_offline import FastAPIOffline
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -123,7 +124,7 @@ def make_api(
         for backend in backends.values():
             await backend.close()
 
-    api = FastAPI(
+    api = FastAPIOffline(  # its /docs has all it needs here, not on a CDN
         title="erniem_batch",
         version=__version__,
         summary="Multilingual tagging with ErnieM: the predictor of the batch pipeline, online.",

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 import logging
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -187,7 +188,19 @@ def test_models_and_health(run, loaded):
         assert card["digests"].keys() == set(TASKS)
         assert (await client.get("/healthz")).json() == {"status": "ok", "problems": []}
         assert (await client.get("/readyz")).status_code == 200
-        assert (await client.get("/docs")).status_code == 200
+
+    run(test)
+
+
+def test_docs_need_nothing_from_elsewhere(run):
+    async def test(client: httpx.AsyncClient, engine: Engine) -> None:
+        page = (await client.get("/docs")).text
+        needed = re.findall(r"(?:src|href)=[\"']([^\"']+)|url: [\"']([^\"']+)", page)
+        urls = [one or other for one, other in needed]
+        assert len(urls) >= 4, "a script, a style sheet, a picture, the document"
+        for url in urls:
+            assert url.startswith("/")
+            assert (await client.get(url)).status_code == 200, url
 
     run(test)
 
