@@ -260,8 +260,10 @@ def test_the_command_serves_and_ends(service_dir, tmp_path):
             assert time.monotonic() < give_up, absent
             ask(f"http://127.0.0.1:{port}")
             time.sleep(1)
+        started = time.monotonic()
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
+        assert time.monotonic() - started < 45
     finally:
         process.kill()
         process.wait()

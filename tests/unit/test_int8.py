@@ -69,7 +69,7 @@ def test_without_onednn(monkeypatch, extreme):
         linear, x = torch.nn.Linear(64, 32), torch.randn(9, 64)
     fast = Int8Linear(linear)(x)
     monkeypatch.setattr(int8, "_has_onednn", lambda: False)
-    torch.testing.assert_close(Int8Linear(linear)(x), fast, atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(Int8Linear(linear)(x), fast, atol=1e-5, rtol=0)
 
 
 def test_largest_products_are_right_on_this_machine():
@@ -91,9 +91,9 @@ def test_weights_have_a_bit_less_where_products_are_cut_off(monkeypatch):
     try:
         assert int8._onednn_limit() == 64
         assert asked == [127, 64]
-        layer = Int8Linear(torch.nn.Linear(64, 32))
-        x = torch.randn(9, 64)
-        assert torch.allclose(layer(x), layer(quantize(x)))
+        linear = torch.nn.Linear(64, 32)
+        largest_C = linear.weight.detach().abs().amax(1)
+        torch.testing.assert_close(64 * Int8Linear(linear).scales_C, largest_C)
     finally:
         int8._onednn_limit.cache_clear()
 
