@@ -26,6 +26,8 @@ HTTP_CPUS = 0.5
 # More than this waits for a replica, and the proxy says to come again.
 MAX_QUEUED_REQUESTS = 1024
 RETRY_AFTER_S = 1.0
+# How long the deployment that speaks HTTP waits for one of a model, before it asks anew.
+ASK_AGAIN_S = 30.0
 HEALTH_PERIOD_S = 5
 HEALTH_TIMEOUT_S = 30
 # How often a replica that ends looks whether it is done.
@@ -34,6 +36,8 @@ DRAIN_PERIOD_S = 0.5
 GRACE_S = 10.0
 # No replica of a model answers.
 UNAVAILABLE = Refusal(503, "unavailable", "the model is being (re)started: ask again", None, 5.0)
+
+logger = logging.getLogger(__name__)
 
 
 class MeteredEngine(Engine):
@@ -89,8 +93,14 @@ class RemoteEngine:
         self._handle = handle
 
     async def start(self) -> None:
-        """Waits until one of its replicas is ready."""
-        await self.card()
+        """Waits until one of its replicas is ready. A question that got lost is asked again."""
+        while True:
+            try:
+                async with asyncio.timeout(ASK_AGAIN_S):
+                    await self.card()
+                    return
+            except TimeoutError:
+                logger.warning("no replica is ready deployment=%s", self._handle.deployment_name)
 
     async def close(self) -> None:
         """It ends by itself."""

@@ -44,7 +44,8 @@ TEXT_THREADS = 2
 SMALL_TEXT = 1000
 # Sets of options that requests have brought, kept ready.
 MAX_OPTION_SETS = 256
-WARM_UP_S = 600.0
+# A first pass that takes longer never ends: then Serve tries with another process.
+WARM_UP_S = 120.0
 WARM_UP = {
     "text": "Ada Lovelace lived in London.",
     "question": "Who?",

@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from rich.console import Console
 
@@ -37,8 +37,7 @@ def serve(flags: ServeFlags, until: Callable[[], object] | None = None) -> None:
             require_free("direct-port", flags.host, flags.direct_port)
     elif flags.direct_port is not None:
         raise ConfigError("--direct-port is for a Ray of its own, not for one that runs already")
-    for name, value in _settings_of_ray(flags.direct_port).items():
-        os.environ.setdefault(name, value)
+    os.environ.update(_settings_of_ray(flags.direct_port, os.environ))
     cpus = sum(model.num_cpus for model in config.all_models)
     is_local = connect_to(
         flags.address, max(cores, math.ceil(cpus)) + SPARE_CPUS, flags.metrics_port
@@ -93,23 +92,28 @@ def serve(flags: ServeFlags, until: Callable[[], object] | None = None) -> None:
                 ray.shutdown()
 
 
-def _settings_of_ray(direct_port: int | None) -> dict[str, str]:
-    """What Ray Serve reads from the environment when it starts."""
-    settings = {
+def _settings_of_ray(direct_port: int | None, environment: Mapping[str, str]) -> dict[str, str]:
+    """What Ray Serve is to read from the environment when it starts.
+
+    Args:
+        environment: wins over our defaults, but not over a flag.
+    """
+    defaults = {
         # One event loop in a replica instead of three. Ours is always free, which Serve does not
         # trust it to be; a lonely request is answered some milliseconds earlier.
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         # That would open a port of each replica, whether or not somebody wants it.
         "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
+        # Half a minute for load balancers to notice an end; there are none.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
     }
+    settings = {name: environment.get(name, value) for name, value in defaults.items()}
     if direct_port is None:
         return settings
     return settings | {
         "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(direct_port),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(min(direct_port + DIRECT_PORTS, 65535)),
-        # Half a minute for load balancers to notice an end; there are none.
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
     }
 
 

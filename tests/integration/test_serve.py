@@ -16,6 +16,7 @@ import httpx
 import pytest
 from fakes import save_tiny_ner_model, save_tiny_service
 from fault.runs import free_port
+from starting import start
 
 from erniem_batch import ErnieMTokenizer
 from erniem_batch.serve.config import AppConfig, ModelConfig
@@ -49,10 +50,7 @@ def run(url: str) -> Iterator[Callable[[AppConfig], None]]:
 
     from erniem_batch.serve import app
 
-    def start(config: AppConfig) -> None:
-        serve.run(app(config), name="test", route_prefix="/")
-
-    yield start
+    yield lambda config: start(app(config), "test")
     serve.delete("test")
 
 
@@ -212,7 +210,7 @@ def test_a_child_that_has_no_room(url, service_dir, monkeypatch):
     monkeypatch.undo()
     front = application._bound_deployment
     roomy = front.options(max_ongoing_requests=500, max_queued_requests=-1)
-    serve.run(roomy.bind(*front.init_args), name="test", route_prefix="/")
+    start(roomy.bind(*front.init_args), "test")
     try:
         statuses = Counter(r.status_code for r in asyncio.run(many(url, 40)))
         assert set(statuses) == {200, 429}, statuses

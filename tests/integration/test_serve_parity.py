@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from fault.runs import free_port
+from starting import start
 from task_rows import JOBS, rows_of, write_rows
 
 from erniem_batch import cli
@@ -38,7 +39,7 @@ def url(local_ray: None) -> Iterator[str]:
 
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": 600})
-    serve.run(app(AppConfig(num_cpus=1, request_timeout_s=590)), name="demo", route_prefix="/")
+    start(app(AppConfig(num_cpus=1, request_timeout_s=590)), "demo")
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
 

@@ -1,5 +1,6 @@
 """What a service may be told, who may ask it, and which messages it understands."""
 
+import asyncio
 import importlib
 import json
 import socket
@@ -16,6 +17,7 @@ from erniem_batch.config import DTYPES, PredictorConfig
 from erniem_batch.errors import ConfigError
 from erniem_batch.model.config import ErnieMConfig
 from erniem_batch.options import OPTIONS, TASKS, options_of
+from erniem_batch.serve import deployments
 from erniem_batch.serve.config import AppConfig, Autoscaling, ModelConfig, app_config
 from erniem_batch.serve.flags import ServeFlags
 from erniem_batch.serve.messages import (
@@ -278,7 +280,7 @@ def test_a_port_that_is_taken(capsys, flag):
 
 
 def test_ports_of_replicas_are_opened_when_asked_for():
-    plain, direct = _settings_of_ray(None), _settings_of_ray(65000)
+    plain, direct = _settings_of_ray(None, {}), _settings_of_ray(65000, {})
     assert plain["RAY_SERVE_ENABLE_DIRECT_INGRESS"] == "0"
     assert direct["RAY_SERVE_ENABLE_DIRECT_INGRESS"] == "1"
     ports = [direct[f"RAY_SERVE_DIRECT_INGRESS_{end}_HTTP_PORT"] for end in ("MIN", "MAX")]
@@ -288,6 +290,38 @@ def test_ports_of_replicas_are_opened_when_asked_for():
     assert not [name for name in direct if not hasattr(constants, name)], "as Ray calls them"
 
 
+def test_the_environment_wins_over_defaults_and_a_flag_over_the_environment():
+    min_port = "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT"
+    drain = "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"
+    enable = "RAY_SERVE_ENABLE_DIRECT_INGRESS"
+    there = {enable: "0", min_port: "30000", drain: "5"}
+    direct = _settings_of_ray(8001, there)
+    assert (direct[enable], direct[min_port], direct[drain]) == ("1", "8001", "5")
+    assert _settings_of_ray(None, {enable: "1"})[enable] == "1"
+
+
 def test_a_direct_port_of_another_ray(capsys):
     assert main(["serve", "--direct-port", "8001", "--address", "127.0.0.1:1"]) == 2
     assert "--direct-port is for a Ray of its own" in capsys.readouterr().err
+
+
+def test_a_question_that_got_lost_is_asked_again(monkeypatch):
+    """Of the deployment that speaks HTTP, to the replicas of a model, when both start."""
+    monkeypatch.setattr(deployments, "ASK_AGAIN_S", 0.05)
+
+    class Handle:
+        deployment_name = "tiny"
+
+        def __init__(self) -> None:
+            self.card = self
+            self.asked = 0
+
+        async def remote(self) -> dict[str, str]:
+            self.asked += 1
+            if self.asked < 3:
+                await asyncio.Event().wait()
+            return {}
+
+    handle = Handle()
+    asyncio.run(deployments.RemoteEngine(handle).start())
+    assert handle.asked == 3
