@@ -212,6 +212,7 @@ def test_everything_bad_among_100_000_good_rows(tmp_path, ner_model_dir, monkeyp
         )
 
 
+@pytest.mark.slow  # test_job.py has one that kills
 def test_a_row_that_kills_or_hangs_ends_alone(tmp_path, ner_model_dir):
     """Each is tried together twice and alone twice; all other rows of its unit come out."""
     rows = _rows("a", 40)
@@ -231,7 +232,7 @@ def test_a_row_that_kills_or_hangs_ends_alone(tmp_path, ner_model_dir):
     assert not list(storage.find(str(tmp_path / "out" / "_run" / "attempts")))
 
 
-def test_out_of_memory_loses_nothing(tmp_path, ner_model_dir):
+def test_out_of_memory_loses_nothing(tmp_path, ner_model_dir, workers):
     write_jsonl(tmp_path / "in" / "a.jsonl", _rows("a", 300))
     config = _config(tmp_path, ner_model_dir)
     run_job(config)
@@ -250,8 +251,8 @@ def test_out_of_memory_loses_nothing(tmp_path, ner_model_dir):
     assert len(count_passes(tmp_path / "out2")) > len(count_passes(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("kind", [pytest.param("parquet", marks=pytest.mark.slow), "jsonl"])
-def test_replay(tmp_path, ner_model_dir, kind):
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_replay(tmp_path, ner_model_dir, workers, kind):
     """What failed for a reason that is gone comes out; what is bad stays in the dead letters."""
     rows = _rows("a", 30)
     rows[5]["text"], rows[6]["text"] = None, f"{rows[6]['text']} {POISON}"
@@ -279,7 +280,7 @@ def test_replay(tmp_path, ner_model_dir, kind):
     assert [x["source_row"] for x in _results(tmp_path / "out")[1]] == [5]
 
 
-def test_replay_reads_again_what_could_not_be_reached(tmp_path, ner_model_dir):
+def test_replay_reads_again_what_could_not_be_reached(tmp_path, ner_model_dir, workers):
     """A page that was damaged only for the moment."""
     rows = _rows("a", 40)
     path = write_parquet(tmp_path / "in" / "a.parquet", pa.Table.from_pylist(rows), group_rows=10)

@@ -16,7 +16,6 @@ from faulty import FailingTagger, words
 from erniem_batch import storage
 from erniem_batch.errors import ConfigError, JobError
 from erniem_batch.job import JobConfig, result_files, run, run_job
-from erniem_batch.job.cluster import connect
 from erniem_batch.job.manifest import read_manifest
 from erniem_batch.job.stream import stream
 
@@ -51,7 +50,7 @@ def _no_ray(monkeypatch):
     monkeypatch.setattr(run, "connect", refuse)
 
 
-def test_night_after_night(tmp_path, ner_model_dir, local_ray, monkeypatch):
+def test_night_after_night(tmp_path, ner_model_dir, workers, monkeypatch):
     source, output = tmp_path / "in", tmp_path / "out"
     write_jsonl(source / "a.jsonl", _rows("a"))
     write_parquet(source / "b.parquet", pa.Table.from_pylist(_rows("b")))
@@ -90,7 +89,7 @@ def test_night_after_night(tmp_path, ner_model_dir, local_ray, monkeypatch):
     }  # fmt: skip
 
 
-def test_lost_results_are_made_again(tmp_path, ner_model_dir, local_ray):
+def test_lost_results_are_made_again(tmp_path, ner_model_dir, workers):
     """A file that was deleted, one that another program wrote over, a ledger that is gone."""
     source, output = tmp_path / "in", tmp_path / "out"
     for name in "abcd":
@@ -107,7 +106,7 @@ def test_lost_results_are_made_again(tmp_path, ner_model_dir, local_ray):
     assert {p.name: p.read_bytes() for p in output.glob("*.parquet")} == before
 
 
-def test_a_failed_unit_is_left_for_the_next_run(tmp_path, ner_model_dir, local_ray, monkeypatch):
+def test_a_failed_unit_is_left_for_the_next_run(tmp_path, ner_model_dir, workers, monkeypatch):
     source, output = tmp_path / "in", tmp_path / "out"
     for name in "abc":
         write_jsonl(source / f"{name}.jsonl", _rows(name, 5))
@@ -125,11 +124,12 @@ def test_a_failed_unit_is_left_for_the_next_run(tmp_path, ner_model_dir, local_r
     assert read_manifest(str(output)).names == {"a.parquet", "b.parquet", "c.parquet"}
 
 
-def test_input_that_changes_during_the_run(tmp_path, ner_model_dir, local_ray, monkeypatch):
+def test_input_that_changes_during_the_run(tmp_path, ner_model_dir, workers, monkeypatch):
     """Half of the old file and half of the new one is neither."""
     source, output = tmp_path / "in", tmp_path / "out"
     write_jsonl(source / "a.jsonl", _rows("old"))
     config = _config(source, output, ner_model_dir)
+    connect = run.connect
 
     def connect_late(config):
         write_jsonl(source / "a.jsonl", _rows("new", 40))
@@ -145,7 +145,7 @@ def test_input_that_changes_during_the_run(tmp_path, ner_model_dir, local_ray, m
 
 
 def test_overwrite_keeps_the_old_until_the_new_is_complete(
-    tmp_path, ner_model_dir, local_ray, monkeypatch
+    tmp_path, ner_model_dir, workers, monkeypatch
 ):
     source, output = tmp_path / "in", tmp_path / "out"
     for name in "abc":

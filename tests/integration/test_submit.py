@@ -111,6 +111,7 @@ def test_only_the_scripts_are_shipped(tmp_path):
     assert package.stat().st_size < 50_000
 
 
+@pytest.mark.slow  # the others submit by Ray's client, which this command is a shell of
 def test_a_job_as_the_command_line_submits_it(head, client, tmp_path):
     """It finds the installed package with its demo model, and its working folder only scripts."""
     look = tmp_path / "look.py"

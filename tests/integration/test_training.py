@@ -33,6 +33,7 @@ N_ROWS = 90
 MEASUREMENTS = 4
 TIMEOUT_S = 240
 GONE_S = 2  # the agents of a Ray that was killed stay for minutes
+OUTPUT = {"encoder", "classify", "ner", HISTORY, CURVE, run.DONE}
 KINDS = {"sports": "ball team goal", "weather": "rain sun wind", "music": "song band drum"}
 
 Command = Callable[..., tuple[int, Any, str]]
@@ -248,6 +249,15 @@ def test_a_killed_training_goes_on(tmp_path, straight, model, data, start):
 # ---- workers ----------------------------------------------------------------------------------
 
 
+def test_one_worker(straight, command):
+    """Who computes is no setting: for another number of them it is complete already."""
+    assert {path.name for path in straight.iterdir()} == OUTPUT
+    assert _n_measured(straight) > 1
+    code, report, _ = command(straight, workers=2, accumulate=1)
+    assert (code, report["curve"]) == (0, str(straight / CURVE))
+
+
+@pytest.mark.slow  # tests/unit has two processes without Ray
 def test_two_workers_are_as_good_as_one(tmp_path, straight, command):
     output = tmp_path / "out"
     code, report, error = command(output, workers=2, accumulate=1)
@@ -257,8 +267,7 @@ def test_two_workers_are_as_good_as_one(tmp_path, straight, command):
     assert ours.keys() == theirs.keys()
     assert all((tensor - theirs[name]).abs().max() < 1e-3 for name, tensor in ours.items())
     assert report["curve"] == str(output / CURVE)
-    names = {path.name for path in output.iterdir()}
-    assert names == {"encoder", "classify", "ner", HISTORY, CURVE, run.DONE}
+    assert {path.name for path in output.iterdir()} == OUTPUT
     # Who computes is no setting: for one worker it is the same training, and complete.
     code, same, _ = command(output, workers=1, accumulate=2)
     assert (code, same) == (0, report)
