@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from erniem_batch.errors import ConfigError
+from erniem_batch.errors import ConfigError, JobError
 from erniem_batch.job.config import JobConfig
 
 logger = logging.getLogger(__name__)
@@ -63,6 +63,10 @@ def connect_to(address: str | None, local_cpus: int, metrics_port: int | None = 
         address: None: that of RAY_ADDRESS, else a local one.
         local_cpus: logical CPUs of a local one.
         metrics_port: of a local one, for Prometheus; None: any.
+
+    Raises:
+        ConfigError: no cluster answers at the address.
+        JobError: the local one does not start.
     """
     # Set before Ray is imported: it reads them once.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -94,8 +98,15 @@ def connect_to(address: str | None, local_cpus: int, metrics_port: int | None = 
     try:
         with _quiet_core():
             ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"--address {address}: no Ray cluster answers there: {error}") from error
+    except Exception as error:  # Ray raises plain ones
+        if not local:
+            raise ConfigError(
+                f"--address {address}: no Ray cluster answers there: {error}"
+            ) from error
+        raise JobError(
+            f"Ray did not start on this machine: {error} Is it busy, or out of memory or disk? "
+            "Try again when it has less to do"
+        ) from error
     return local
 
 

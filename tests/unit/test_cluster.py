@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import ray
 from clusters import autoscaler_settings
 from ray.core.generated.autoscaler_pb2 import (
     ClusterConfig,
@@ -13,9 +14,9 @@ from ray.core.generated.autoscaler_pb2 import (
     NodeState,
 )
 
-from erniem_batch.errors import ConfigError
+from erniem_batch.errors import ConfigError, JobError
 from erniem_batch.job import JobConfig
-from erniem_batch.job.cluster import Pool, local_pool
+from erniem_batch.job.cluster import Pool, connect_to, local_pool
 from erniem_batch.job.room import (
     GROWN_ACTORS,
     HEAD,
@@ -245,3 +246,18 @@ def test_an_autoscaler_that_cannot_help_is_believed_after_a_while():
     clock.now += 1
     with pytest.raises(ConfigError, match="an actor of 64 CPUs and 0 GPUs does not fit"):
         refusal.look(hopeless)
+
+
+def test_a_ray_that_does_not_start_is_told_in_a_sentence(monkeypatch):
+    """As on a machine that is too busy: Ray raises a plain Exception after half a minute."""
+
+    def init(**options):
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # else a token of its own stays behind
+    with pytest.raises(JobError, match=r"did not start on this machine: .* timed out .* Try again"):
+        connect_to(None, 2)
+    with pytest.raises(ConfigError, match="--address 127.0.0.1:1: no Ray cluster answers there"):
+        connect_to("127.0.0.1:1", 2)
