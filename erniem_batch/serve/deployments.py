@@ -51,6 +51,7 @@ class MeteredEngine(Engine):
 
     def check(self) -> None:
         # Serve asks every few seconds: what waits is told even when no pass runs any more.
+        self._metrics.tell_models()
         for task, batcher in self._batchers.items():
             self._metrics.set_waiting(task, batcher.n_waiting_tokens)
         self._threads.submit(self._trimmer)

@@ -62,14 +62,16 @@ class BatchMetrics:
         self._waiting = Gauge(
             "erniem_serve_waiting_tokens", "That no pass has taken yet.", tag_keys=keys
         )
-        info = Gauge(
+        self._info = Gauge(
             "erniem_serve_model_info",
             "1 for each task of each model that is served, with the hash of its folder.",
             tag_keys=(*keys, "digest", "dtype"),
         )
-        for task, digest in card["digests"].items():
-            tags = {"task": task, "digest": digest[:12], "dtype": card["dtype"]}
-            info.set(1, tags=self._tags | tags)
+        self._models = [
+            self._tags | {"task": task, "digest": digest[:12], "dtype": card["dtype"]}
+            for task, digest in card["digests"].items()
+        ]
+        self.tell_models()
 
     def __call__(self, task: str, report: BatchReport, n_waiting_tokens: int) -> None:
         """After each forward pass."""
@@ -82,6 +84,11 @@ class BatchMetrics:
         self._forward.observe(report.seconds, tags=tags)
         self._fill.observe(min(1.0, report.n_tokens / self._max[task]), tags=tags)
         self.set_waiting(task, n_waiting_tokens)
+
+    def tell_models(self) -> None:
+        """What is served. Again and again: Ray forgets a gauge that nobody sets any more."""
+        for tags in self._models:
+            self._info.set(1, tags=tags)
 
     def set_waiting(self, task: str, n_tokens: int) -> None:
         """Tokens that no pass has taken yet."""
