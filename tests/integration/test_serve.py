@@ -227,6 +227,19 @@ def drawn_metrics() -> set[str]:
     return names - {"ray_erniem_serve_padding_tokens_total"}
 
 
+@pytest.mark.slow
+def test_what_is_served_stays_among_the_metrics(run, service_dir):
+    """Ray forgets a gauge that nobody has set for some time."""
+    import ray
+
+    run(one_model(service_dir, tasks=("ner", "qa")))
+    time.sleep(60)
+    node = next(node for node in ray.nodes() if node["Alive"])
+    text = httpx.get(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics").text
+    told = re.findall(r"^ray_erniem_serve_model_info\{.*task=\"(\w+)\"", text, flags=re.M)
+    assert sorted(told) == ["ner", "qa"]
+
+
 def test_the_command_serves_and_ends(service_dir, tmp_path):
     """`erniem-batch serve` as people run it: its own Ray, and a calm end on SIGTERM."""
     port, direct_port = free_port(), free_port()
