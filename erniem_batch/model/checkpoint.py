@@ -592,8 +592,8 @@ def _check(
         hint = ""
         if new_head and not unexpected and set(missing) | set(wrong_shape) <= set(new_head):
             hint = (
-                ". The folder was not trained for this head: choose another model, or pass "
-                "allow_new_head=True to create an untrained head for fine-tuning"
+                ". The folder was not trained for this head: choose another model; in Python, "
+                "allow_new_head=True creates an untrained head for fine-tuning"
             )
         raise CheckpointError(f"{folder}: {'; '.join(problems)}{hint}")
     if dropped:
