@@ -255,6 +255,7 @@ def test_a_ray_that_does_not_start_is_told_in_a_sentence(monkeypatch):
         raise Exception("The current node timed out during startup.")
 
     monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # whatever ran before in this process
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # else a token of its own stays behind
     with pytest.raises(JobError, match=r"did not start on this machine: .* timed out .* Try again"):
