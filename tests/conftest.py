@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import Calls, Killed, ner_config, save_tiny_ner_model
+from fakes import ner_config, save_tiny_ner_model, tag_here
 from xdist.scheduler import LoadScopeScheduling
 
 from erniem_batch import ErnieMConfig, ErnieMTokenizer
-from erniem_batch.job import JobConfig, replay_job, run, run_job
+from erniem_batch.job import JobConfig, replay_job, run_job
 from erniem_batch.job.actor import UnitTagger
-from erniem_batch.job.units import from_table
 
 DATA = Path(__file__).parent / "data"
 
@@ -129,26 +128,12 @@ def job(tmp_path: Path, ner_model_dir: Path, monkeypatch: pytest.MonkeyPatch) ->
     """Runs a job over tmp_path/in without Ray; `units` kills it after so many."""
 
     def call(
-        tagger: type[UnitTagger] = UnitTagger,
+        tagger: type[UnitTagger] | None = None,
         units: int | None = None,
         replay: bool = False,
         **options: Any,
     ) -> Any:
-        done: list[Any] = []
-
-        def tag_units(
-            folder: Any, info: Any, todo: Any, assignment: Any, lease: Any, on_receipt: Any
-        ) -> run.Work:
-            made = tagger(assignment, Calls())
-            run.unmark_success(folder.output)
-            for unit in from_table(todo):
-                if len(done) == units:
-                    raise Killed
-                done.append(made.tag(unit))
-            lease.check()
-            return run.Work(done)
-
-        monkeypatch.setattr(run, "tag_units", tag_units)
+        done = tag_here(monkeypatch, tagger=tagger, until=units)
         if replay:
             return replay_job(str(tmp_path / "out"), options), done
         values = {"input": [str(tmp_path / "in")], "output": str(tmp_path / "out")}

@@ -11,17 +11,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
 from torch import Tensor, nn
 
 from erniem_batch import ErnieMConfig, ErnieMForTokenClassification, ErnieMTokenizer
 from erniem_batch.config import PredictorConfig
+from erniem_batch.job import run
 from erniem_batch.job.actor import Assignment, Receipt, UnitTagger
 from erniem_batch.job.attempts import Attempt
 from erniem_batch.job.chunks import Chunk
 from erniem_batch.job.config import JobConfig
 from erniem_batch.job.read import UnitReader, input_schema
-from erniem_batch.job.units import Unit, files_of, find_files, plan_units, to_table
+from erniem_batch.job.units import Unit, files_of, find_files, from_table, plan_units, to_table
 from erniem_batch.job.write import COUNTED_SCHEMA
 from erniem_batch.model.fetch import model_digest
 from erniem_batch.model.heads import (
@@ -149,6 +151,51 @@ class Calls:
             remote = staticmethod(lambda *values: self.made.append((name, values)))
 
         return Method
+
+
+class UnitsHere:
+    """Stands for `run.tag_units`: this process tags, which saves the start of Ray and its actors.
+
+    Args:
+        tagger: default: the one that a test has given to the stream, else that of all jobs.
+        until: the process is killed after so many units.
+
+    Attributes:
+        done: receipts of the units it has tagged, all runs together.
+    """
+
+    def __init__(self, tagger: type[UnitTagger] | None = None, until: int | None = None) -> None:
+        self.tagger = tagger
+        self.until = until
+        self.done: list[Receipt] = []
+
+    def __call__(
+        self, folder: Any, info: Any, units: Any, assignment: Assignment, lease: Any, *_: Any
+    ) -> run.Work:
+        run.connect(assignment.config)
+        run.unmark_success(folder.output)
+        of_stream = getattr(run.stream, "keywords", {}).get("tagger", UnitTagger)
+        tagger = (self.tagger or of_stream)(assignment, Calls())
+        ledger = run.LedgerWriter(folder, info.generation)
+        receipts: list[Receipt] = []
+        for unit in from_table(units):
+            if len(self.done) == self.until:
+                raise Killed
+            receipts.append(tagger.tag(unit))
+            self.done.append(receipts[-1])
+            if not receipts[-1].error:
+                ledger.add(receipts[-1])
+        ledger.flush()
+        lease.check()
+        return run.Work(receipts)
+
+
+def tag_here(monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[Receipt]:
+    """Lets jobs of this process tag without Ray, and gives the receipts as they come."""
+    here = UnitsHere(**options)
+    monkeypatch.setattr(run, "connect", lambda config: False)
+    monkeypatch.setattr(run, "tag_units", here)
+    return here.done
 
 
 def make_tagger(

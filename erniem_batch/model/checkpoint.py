@@ -318,8 +318,12 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in loaded.items() if isinstance(tensor, Tensor)}
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Builds numpy arrays and plain containers; anything else in the file is refused."""
+class _ArrayUnpickler(pickle._Unpickler):
+    """Builds numpy arrays and plain containers; anything else in the file is refused.
+
+    It is the one in Python, as torch's is: where a damaged file names its billionth object, the one
+    in C makes a table for a billion of them, and the machine runs out of memory.
+    """
 
     _allowed: ClassVar[set[tuple[str, str]]] = {
         (f"numpy.{core}.multiarray", name)

@@ -9,11 +9,7 @@ from typing import Any
 
 import pytest
 import stores
-from fakes import Calls
-
-from erniem_batch.job import run
-from erniem_batch.job.actor import UnitTagger
-from erniem_batch.job.units import from_table
+from fakes import tag_here
 
 
 @pytest.fixture(scope="session")
@@ -58,28 +54,8 @@ def workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """
     if request.param == "ray":
         request.getfixturevalue("local_ray")
-        return
-    monkeypatch.setattr(run, "connect", lambda config: False)
-    monkeypatch.setattr(run, "tag_units", _tag_units_here)
-
-
-def _tag_units_here(
-    folder: Any, info: Any, units: Any, assignment: Any, lease: Any, on_receipt: Any
-) -> run.Work:
-    """`run.tag_units` without Ray."""
-    run.connect(assignment.config)
-    run.unmark_success(folder.output)
-    # Tests that have a tagger of their own give it to the stream.
-    tagger = getattr(run.stream, "keywords", {}).get("tagger", UnitTagger)(assignment, Calls())
-    ledger = run.LedgerWriter(folder, info.generation)
-    receipts = []
-    for unit in from_table(units):
-        receipts.append(tagger.tag(unit))
-        if not receipts[-1].error:
-            ledger.add(receipts[-1])
-    ledger.flush()
-    lease.check()
-    return run.Work(receipts)
+    else:
+        tag_here(monkeypatch)
 
 
 @pytest.fixture(scope="session")

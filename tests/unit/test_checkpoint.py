@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
@@ -278,6 +279,18 @@ def test_any_damage_to_a_paddle_file_is_a_checkpoint_error(tmp_path, data):
     path.write_bytes(bytes(content))
     with contextlib.suppress(CheckpointError):
         tensors_of(tmp_path)
+
+
+def test_a_damaged_paddle_file_does_not_fill_the_memory(tmp_path):
+    """A few bytes that ask for a table of 134 million objects."""
+    content = b"\x80\x04}r" + (0x7FFFFFF).to_bytes(4, "little") + b"."
+    (tmp_path / "model_state.pdparams").write_bytes(content)
+    tracemalloc.start()
+    try:
+        assert tensors_of(tmp_path) == {}
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 # ---- memory -----------------------------------------------------------------------------------

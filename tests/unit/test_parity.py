@@ -10,15 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fakes import Calls, save_tiny_ner_model, write_jsonl
+from fakes import save_tiny_ner_model, tag_here, write_jsonl
 from serving import served_model
 from task_rows import JOBS, SENTENCES, rows_of, write_rows
 
 from erniem_batch import ErnieMTokenizer, cli
-from erniem_batch.job import run as job
-from erniem_batch.job.actor import UnitTagger
 from erniem_batch.job.manifest import Entry, result_files
-from erniem_batch.job.units import from_table
 from erniem_batch.options import TASKS
 from erniem_batch.serve.parity import _places, difference, tree_of, vector_difference
 from erniem_batch.serve.tokens import new_token
@@ -41,11 +38,7 @@ def tag(
 ) -> Callable[..., Path]:
     """Runs a task's command over its rows, without Ray, and gives the output folder."""
 
-    def tag_units(folder: Any, info: Any, todo: Any, assignment: Any, *_: Any) -> job.Work:
-        tagger = UnitTagger(assignment, Calls())
-        return job.Work([tagger.tag(unit) for unit in from_table(todo)])
-
-    monkeypatch.setattr(job, "tag_units", tag_units)
+    tag_here(monkeypatch)
 
     def call(task: str, model: Path, *flags: str, rows: Any = None, kind: str = "parquet") -> Path:
         rows = rows_of(task, N_ROWS) if rows is None else rows
