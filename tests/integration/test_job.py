@@ -353,7 +353,7 @@ def test_replay(tmp_path, ner_model_dir, local_ray, monkeypatch, suffix, output_
 # ---- faults -----------------------------------------------------------------------------------
 
 
-def test_damaged_pages_do_not_stop_the_others(tmp_path, corpus, ner_model_dir, local_ray):
+def test_damaged_pages_do_not_stop_the_others(tmp_path, corpus, ner_model_dir, workers):
     """The footer is whole: nothing is seen before the work."""
     table = pa.table({"text": [f"Ada {i * 7919}" for i in range(60)]})
     for name in ("a", "b", "c"):

@@ -24,6 +24,9 @@ from erniem_batch.job.cluster import connect_to
 connect_to(None, 4, metrics_port=int(sys.argv[1]))
 raise SystemExit(main(sys.argv[2:]))
 """
+# Ray tells of metrics every ten seconds, for which the job would have to last longer.
+SOON = {"RAY_metrics_report_interval_ms": "1000"}
+N_UNITS = 150
 # Those that a run without faults and without padding never tells.
 SILENT = {"erniem_batch_padding_tokens", "erniem_batch_dead_letters"}
 
@@ -39,7 +42,7 @@ def names_of(url: str) -> set[str]:
 
 
 def test_a_running_job_can_be_watched(tmp_path: Path, ner_model_dir: Path) -> None:
-    for i in range(150):
+    for i in range(N_UNITS):
         rows = [{"text": f"Ada {i} {j} lived in London. " * 40} for j in range(30)]
         write_jsonl(tmp_path / "in" / f"{i:03}.jsonl", rows)
     port, output = free_port(), tmp_path / "out"
@@ -47,7 +50,7 @@ def test_a_running_job_can_be_watched(tmp_path: Path, ner_model_dir: Path) -> No
     log = (tmp_path / "log").open("w")
     process = subprocess.Popen(
         [sys.executable, "-c", JOB, str(port), *map(str, arguments), "--log-format", "json"],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ,
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | SOON,
     )  # fmt: skip
     try:
         wanted, seen, states = set(BATCH_METRICS) - SILENT, set(), []
@@ -55,7 +58,7 @@ def test_a_running_job_can_be_watched(tmp_path: Path, ner_model_dir: Path) -> No
             seen |= names_of(f"http://127.0.0.1:{port}/metrics")
             if "erniem_batch_units" in seen and not any(s["units_done"] for s in states):
                 states.append(answer("status", output))
-            time.sleep(1)
+            time.sleep(0.5)
         last = json.loads(process.communicate()[0].splitlines()[-1])
     finally:
         process.kill()
@@ -64,12 +67,12 @@ def test_a_running_job_can_be_watched(tmp_path: Path, ner_model_dir: Path) -> No
     assert last["exit_code"] == 0, lines[-5:]
     assert seen >= wanted, f"missing: {wanted - seen}"
     assert {state["state"] for state in states} == {"running"}
-    assert 0 < states[-1]["units_done"] < states[-1]["units"] == 150
+    assert 0 < states[-1]["units_done"] < states[-1]["units"] == N_UNITS
     assert answer("status", output)["state"] == "ended"
     messages = [json.loads(line) for line in lines if line.startswith("{")]
     progress = [m["message"] for m in messages if m["message"].startswith("progress ")]
     assert progress
     assert re.fullmatch(
-        r"progress units=\d+/150 rows=\d+ tokens_per_s=\d+ actors=1 done=[\d.]+% eta_s=\d+",
+        rf"progress units=\d+/{N_UNITS} rows=\d+ tokens_per_s=\d+ actors=1 done=[\d.]+% eta_s=\d+",
         progress[-1],
     )
