@@ -22,6 +22,7 @@ from erniem_batch import ErnieMForTokenClassification
 from erniem_batch.batching import plan_batches
 from erniem_batch.model.activations import activate_
 from erniem_batch.model.packed import Packed, _attend, pack
+from erniem_batch.model.steps import multiply_by_onednn, onednn_is_faster
 from tests.benchmarks.forward import KINDS, attention_share, workplace
 
 BUDGETS = (512, 1024)
@@ -68,11 +69,16 @@ def measure(model: Any, batch: Packed, rounds: int) -> dict[str, Any]:
     n_tokens, shape = sum(batch.lengths), (-1, 12, 64)
     hidden, q, k, v, mixed, outer = torch.randn(6, n_tokens, 768)
     inner = torch.randn(n_tokens, 3072)
+    by_onednn = onednn_is_faster()
 
     def product(linear: torch.nn.Linear, given: torch.Tensor, out: torch.Tensor) -> Any:
+        if by_onednn:
+            return lambda: multiply_by_onednn(given, linear.weight, None)
         return lambda: torch.mm(given, linear.weight.t(), out=out)
 
     def with_bias(linear: torch.nn.Linear, given: torch.Tensor, out: torch.Tensor) -> Any:
+        if by_onednn:
+            return lambda: multiply_by_onednn(given, linear.weight, linear.bias)
         return lambda: torch.addmm(linear.bias, given, linear.weight.t(), out=out)
 
     linears = {

@@ -1,6 +1,7 @@
 """The forward pass without padding says what the padded one says."""
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from erniem_batch.model import steps
 from erniem_batch.model.encoder import ErnieMModel
 from erniem_batch.model.heads import HEADS, ErnieMForEmbedding, ErnieMForMultipleChoice
 from erniem_batch.model.outputs import SpanOutput
@@ -44,8 +46,11 @@ def alone(model, ids):
 @torch.no_grad()
 def assert_same(model, texts, atol=1e-5):
     expected = torch.cat([alone(model, ids) for ids in texts])
-    for one_call in (False, True):  # as on a CPU, as on a GPU
-        rows = model.rows(pack(texts, model.config, CPU, one_call=one_call))
+    # As on a CPU, as on a GPU; by MKL, by oneDNN.
+    for one_call, by_onednn in product((False, True), (False, True)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(steps, "onednn_is_faster", lambda by_onednn=by_onednn: by_onednn)
+            rows = model.rows(pack(texts, model.config, CPU, one_call=one_call))
         assert rows.shape == expected.shape
         assert rows.dtype == expected.dtype
         torch.testing.assert_close(rows, expected, atol=atol, rtol=0)
@@ -133,3 +138,21 @@ def test_too_long(random_model):
     model = random_model(ErnieMModel)
     with pytest.raises(ValueError, match="65 tokens do not fit: this model holds 64"):
         encode_packed(model, pack(texts_of([65]), model.config, CPU))
+
+
+@pytest.mark.parametrize(
+    ("processor", "dtype", "expected"),
+    [
+        ("vendor_id : AuthenticAMD", torch.float32, steps.OneDnnSteps),
+        ("vendor_id : AuthenticAMD", torch.bfloat16, steps.Steps),
+        ("vendor_id : GenuineIntel", torch.float32, steps.Steps),
+    ],
+)
+def test_who_multiplies(monkeypatch, processor, dtype, expected):
+    monkeypatch.setattr(steps, "_processor", lambda: processor)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    steps.onednn_is_faster.cache_clear()
+    found = steps.steps_for(torch.nn.Linear(4, 4, dtype=dtype))
+    steps.onednn_is_faster.cache_clear()
+    assert type(found) is expected

@@ -215,9 +215,12 @@ class Gemm(Ours):
         super().__init__(name.replace("gemm", "ours") + "-float32")
         import torch
 
+        from erniem_batch.model.steps import onednn_is_faster
+
         encoder = self.predictor.model.ernie_m.encoder
+        self.by_onednn = onednn_is_faster()
         self.weights = [
-            [m.weight.t() for m in layer.modules() if isinstance(m, torch.nn.Linear)]
+            [m.weight for m in layer.modules() if isinstance(m, torch.nn.Linear)]
             for layer in encoder.layers
         ]
         self.torch = torch
@@ -238,6 +241,8 @@ class Gemm(Ours):
             each.result()
 
     def products(self, n_tokens, n_texts):
+        from erniem_batch.model.steps import multiply_by_onednn
+
         torch = self.torch
         with torch.inference_mode():
             room = {}
@@ -247,12 +252,16 @@ class Gemm(Ours):
                 for place, weight in enumerate(layer):
                     # Of the last layer, keys and values of all tokens; else only of the first.
                     n = n_texts if last and place not in (1, 2) else n_tokens
-                    if (n, weight.shape[1]) not in room:
-                        room[n, weight.shape[1]] = torch.empty(n, weight.shape[1])
-                    torch.mm(given[weight.shape[0]][:n], weight, out=room[n, weight.shape[1]])
+                    width, width_in = weight.shape
+                    if self.by_onednn:
+                        multiply_by_onednn(given[width_in][:n], weight, None)
+                        continue
+                    if (n, width) not in room:
+                        room[n, width] = torch.empty(n, width)
+                    torch.mm(given[width_in][:n], weight.t(), out=room[n, width])
 
     def widths(self):
-        return {weight.shape[0] for weight in self.weights[0]}
+        return {weight.shape[1] for weight in self.weights[0]}
 
 
 # ---- conversions, once a folder -----------------------------------------------------------------
