@@ -79,6 +79,14 @@ def opened(chromium: Any, watch: Any, report: Path) -> Iterator[Any]:
         context.close()
 
 
+# Numbers in tables that do not stand in one line, and headings of columns broken within a word.
+BROKEN = r"""[...document.querySelectorAll('td.n, thead th')].filter(cell => {
+  const range = document.createRange();
+  range.selectNodeContents(cell);
+  const lines = new Set([...range.getClientRects()].map(box => Math.round(box.top))).size;
+  return lines > (cell.matches('td') ? 1 : cell.innerText.split(/[\s-]+/).length);
+}).map(cell => cell.innerText)"""
+
 SCREENS = {
     "light": {"color_scheme": "light"},
     "dark": {"color_scheme": "dark"},
@@ -92,6 +100,7 @@ def test_it_can_be_read_everywhere(opened: Any) -> None:
         assert page.evaluate(PALE, CONTRAST) == [], name
         width, inner = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
         assert width <= inner, f"{name}: nothing reaches beyond the screen"
+        assert page.evaluate(BROKEN) == [], f"{name}: a number or a heading goes over several lines"
         for heading in ("Labels", "Scores", "Lengths of texts", "Labels by language", "Samples"):
             assert page.get_by_role("heading", name=heading, exact=True).is_visible()
         assert page.locator("section svg").count() >= 3
