@@ -52,7 +52,7 @@ def test_every_module_says_what_it_is(path):
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=_id)
 def test_scripts_have_help(path, monkeypatch, capsys):
-    """In this process, which saves seconds each; as commands they run in test_submit.py."""
+    """In this process, which saves seconds each."""
     monkeypatch.setattr(sys, "argv", [str(path), "--help"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(path), run_name="__main__")
