@@ -19,6 +19,7 @@ from torch import Tensor
 from erniem_batch.config import cache_folder
 from erniem_batch.model.encoder import ErnieMModel
 from erniem_batch.model.packed import encode_packed, pack
+from erniem_batch.model.steps import processor
 
 logger = logging.getLogger(__name__)
 
@@ -141,10 +142,7 @@ def _weight(model: ErnieMModel) -> Tensor:
 
 def cpu_name() -> str:
     """As the system calls it; two of one name are taken for equal."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
+    lines = processor().splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 

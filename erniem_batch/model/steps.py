@@ -84,11 +84,11 @@ def onednn_is_faster() -> bool:
     the start could end one way today and the other way tomorrow."""
     mkl, mkldnn = torch.backends.mkl, torch.backends.mkldnn
     has_both = mkl.is_available() and mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return has_both and hasattr(torch.ops.mkldnn, "_linear_pointwise") and AMD in _processor()
+    return has_both and hasattr(torch.ops.mkldnn, "_linear_pointwise") and AMD in processor()
 
 
-def _processor() -> str:
-    """What the system says of it."""
+def processor() -> str:
+    """What the system says of the processor."""
     try:
         return Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -149,7 +149,7 @@ def test_too_long(random_model):
     ],
 )
 def test_who_multiplies(monkeypatch, processor, dtype, expected):
-    monkeypatch.setattr(steps, "_processor", lambda: processor)
+    monkeypatch.setattr(steps, "processor", lambda: processor)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     steps.onednn_is_faster.cache_clear()
