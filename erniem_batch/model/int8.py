@@ -43,12 +43,18 @@ class Quantized:
         return Quantized(self.values_SD[rows], self.scales_S1[rows])
 
 
-def quantize(x_SD: Tensor) -> Quantized:
-    """Each row by itself, symmetric: its largest magnitude becomes 127."""
+def quantize(x_SD: Tensor, *, overwrite: bool = False) -> Quantized:
+    """Each row by itself, symmetric: its largest magnitude becomes 127.
+
+    Args:
+        overwrite: whether the input is no longer needed.
+    """
     scales_S1 = _scales(x_SD, HIGHEST)
-    # Half more, since the conversion cuts off what follows the point.
-    shifted_SD = torch.mul(x_SD, scales_S1.reciprocal()).add_(ZERO + 0.5)
-    return Quantized(shifted_SD.to(torch.uint8), scales_S1)
+    whole_SD = torch.mul(x_SD, scales_S1.reciprocal(), out=x_SD if overwrite else None).round_()
+    # By way of int8, of which torch converts many at once, of uint8 one by one. ZERO more turns
+    # the highest bit over.
+    values_SD = whole_SD.to(torch.int8).view(torch.uint8).bitwise_xor_(ZERO)
+    return Quantized(values_SD, scales_S1)
 
 
 class Int8Linear(nn.Module):

@@ -190,11 +190,11 @@ def _layer(
         _attend(q_SHK, k_THK, v_THK, batch.groups, mixed_SHK)
     else:
         _attend_in_one_call(q_SHK, k_THK, v_THK, batch.grid, mixed_SHK)
-    mixed_SD = steps.given(mixed_SHK.flatten(1))
+    mixed_SD = steps.given(mixed_SHK.flatten(1), overwrite=True)
     attended_SD = steps.project("added", layer.self_attn.out_proj, mixed_SD)
     hidden_SD = layer.norm1(attended_SD.add_(asking_SD))
     projected = steps.project("inner", layer.linear1, steps.given(hidden_SD))
-    inner = steps.given(activate_(layer.activation, projected))
+    inner = steps.given(activate_(layer.activation, projected), overwrite=True)
     normed: Tensor = layer.norm2(steps.project("added", layer.linear2, inner).add_(hidden_SD))
     return normed
 

@@ -32,8 +32,12 @@ class Steps:
             kept = self._kept[name] = like.new_empty(n_rows, width)
         return kept
 
-    def given(self, x_SD: Tensor) -> Any:
-        """An input for linear layers, which several may share."""
+    def given(self, x_SD: Tensor, *, overwrite: bool = False) -> Any:
+        """An input for linear layers, which several may share.
+
+        Args:
+            overwrite: whether nobody else needs it.
+        """
         return x_SD
 
     def project(self, name: str, layer: Any, given_SD: Any) -> Tensor:
@@ -53,8 +57,8 @@ class OneDnnSteps(Steps):
 class Int8Steps(Steps):
     """In int8."""
 
-    def given(self, x_SD: Tensor) -> Quantized:
-        return quantize(x_SD)
+    def given(self, x_SD: Tensor, *, overwrite: bool = False) -> Quantized:
+        return quantize(x_SD, overwrite=overwrite)
 
     def project(self, name: str, layer: Int8Linear, given_SD: Quantized) -> Tensor:
         projected_SC: Tensor = layer(given_SD)

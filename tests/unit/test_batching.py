@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from erniem_batch.batching import plan_batches
+from erniem_batch.batching import LEAST_TOKENS, plan_batches
 
 LENGTHS = st.lists(st.integers(1, 600), max_size=60)
 
@@ -31,6 +31,14 @@ def test_lanes_share_what_they_have_room_for(lengths, budget, n_lanes):
     )
     if n_lanes > 1 and len(batches) == n_lanes and batches != plan_batches(lengths, budget):
         assert max(sizes) - min(sizes) <= max(lengths), "as even as can be"
+
+
+@given(st.lists(st.integers(1, 100), min_size=40, max_size=400), st.integers(2, 4))
+def test_lanes_end_together(lengths, n_lanes):
+    lanes = [0] * n_lanes
+    for batch in plan_batches(lengths, 512, n_lanes):
+        lanes[lanes.index(min(lanes))] += sum(lengths[i] for i in batch)
+    assert max(lanes) - min(lanes) <= LEAST_TOKENS + max(lengths)
 
 
 def test_a_little_is_not_dealt_out():
