@@ -29,7 +29,8 @@ def plan_batches(sizes: Sequence[int], max_batch_tokens: int, n_lanes: int = 1) 
             return dealt
     batches: list[list[int]] = []
     lanes = [0] * n_lanes  # tokens that each has so far
-    n_left, n_tokens, wanted = sum(sizes), 0, 0.0
+    fair = sum(sizes) / n_lanes  # so many when they end together
+    n_tokens, wanted = 0, 0.0
     for index in order:
         size = sizes[index]
         # A text goes where it misses what is wanted by less.
@@ -38,18 +39,17 @@ def plan_batches(sizes: Sequence[int], max_batch_tokens: int, n_lanes: int = 1) 
             batches[-1].append(index)
         else:
             lanes[lanes.index(min(lanes))] += n_tokens
-            n_left -= n_tokens
             batches.append([index])
             n_tokens = 0
-            wanted = _wanted(lanes, n_left, max_batch_tokens)
+            wanted = _wanted(lanes, fair, max_batch_tokens)
         n_tokens += size
     return batches
 
 
-def _wanted(lanes: Sequence[int], n_left: int, max_batch_tokens: int) -> float:
+def _wanted(lanes: Sequence[int], fair: float, max_batch_tokens: int) -> float:
     """Tokens of the next batch, which goes to the lane that has least: of equal batches, as many as
-    bring it to where all lanes end."""
+    bring it to its fair share of all."""
     if len(lanes) == 1:
         return 2 * max_batch_tokens  # only what fits counts
-    missing = (sum(lanes) + n_left) / len(lanes) - min(lanes)
+    missing = fair - min(lanes)
     return max(LEAST_TOKENS, missing / ceil(missing / max_batch_tokens))

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from erniem_batch.config import cache_folder
 from erniem_batch.model.encoder import ErnieMModel
+from erniem_batch.model.onednn import processor
 from erniem_batch.model.packed import encode_packed, pack
-from erniem_batch.model.steps import processor
 
 logger = logging.getLogger(__name__)
 

@@ -23,6 +23,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "erniem_batch"
 
 
+def shares_weights(n_processes: int, n_threads: int) -> bool:
+    """Whether processes of one model are so many, and so small, that one copy of its weights for
+    all of them is worth more than the last 5 % of speed."""
+    return n_processes > 1 and n_threads == 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class PredictorConfig:
     """One model for one task.
@@ -38,6 +44,9 @@ class PredictorConfig:
         dtype: of weights and computation; int8: of the linear layers of the encoder, on a CPU.
         device: cpu, cuda, cuda:1, …; None: cuda if there is one.
         n_threads: threads of one forward pass on CPU; None: torch's choice.
+        share_weights: whether many processes of a machine use the model: then all weights stay as
+            they are mapped from their file, one copy for all; else those of the encoder may be
+            copied into an order that is faster, with the same results.
     """
 
     model: str = DEMO
@@ -49,6 +58,7 @@ class PredictorConfig:
     dtype: str = "float32"
     device: str | None = None
     n_threads: int | None = None
+    share_weights: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

@@ -27,6 +27,7 @@ from erniem_batch.language import detect_languages
 from erniem_batch.model.config import ErnieMConfig
 from erniem_batch.model.heads import HEADS, Head
 from erniem_batch.model.int8 import quantize_linears
+from erniem_batch.model.onednn import prepack_linears
 from erniem_batch.model.packed import pack
 from erniem_batch.records import (
     Counters,
@@ -104,7 +105,8 @@ class Predictor:
             CheckpointError: the folder is incomplete or lacks the head of the task.
         """
         is_int8 = config.dtype == "int8"
-        if is_int8 and usable_device(config.device).type != "cpu":
+        on_cpu = usable_device(config.device).type == "cpu"
+        if is_int8 and not on_cpu:
             raise ConfigError("dtype=int8 is for CPUs: on a GPU use float16 or bfloat16")
         folder = config.model_folder
         model_config = ErnieMConfig.from_pretrained(folder)
@@ -124,6 +126,8 @@ class Predictor:
         assert isinstance(model, Head)
         if is_int8:
             quantize_linears(model.ernie_m.encoder)
+        elif on_cpu and not config.share_weights:
+            prepack_linears(model.ernie_m.encoder)
         if len(tokenizer) > model.config.vocab_size:
             raise ConfigError(
                 f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only "

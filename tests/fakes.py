@@ -208,7 +208,7 @@ def make_tagger(
         "output": str(config.output),
         "fingerprint": "f1",
         "model_digest": model_digest(Path(config.model)),
-        "n_threads": 1,
+        "predictor": replace(config.predictor, n_threads=1),
     }
     return tagger(Assignment(**{**values, **changes}), Calls())
 

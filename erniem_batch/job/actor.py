@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from erniem_batch import storage
+from erniem_batch.config import PredictorConfig
 from erniem_batch.errors import CheckpointError, DeviceError, StorageError, fault_of
 from erniem_batch.job.attempts import Attempt
 from erniem_batch.job.chunks import BadRow, Chunk, Place
@@ -101,7 +102,7 @@ class Assignment:
         output: folder.
         fingerprint: of the settings that decide results.
         model_digest: of the model folder, the same on every node.
-        n_threads: of a forward pass.
+        predictor: what each actor loads.
     """
 
     config: JobConfig
@@ -109,7 +110,7 @@ class Assignment:
     output: str
     fingerprint: str
     model_digest: str
-    n_threads: int
+    predictor: PredictorConfig
 
 
 class UnitTagger:
@@ -125,7 +126,7 @@ class UnitTagger:
         self._run = assignment
         self._progress = progress
         self._name = uuid.uuid4().hex
-        config = replace(assignment.config.predictor, n_threads=assignment.n_threads)
+        config = assignment.predictor
         folder = local_folder(config.model, config.task)
         if (digest := model_digest(folder)) != assignment.model_digest:
             raise CheckpointError(

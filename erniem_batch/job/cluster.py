@@ -6,9 +6,10 @@ import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from erniem_batch.config import PredictorConfig, shares_weights
 from erniem_batch.errors import ConfigError, JobError
 from erniem_batch.job.config import JobConfig
 
@@ -42,6 +43,11 @@ class Pool:
     def wanted(self) -> dict[str, float]:
         """Resources of one actor."""
         return {name: n for name, n in (("CPU", self.cpus), ("GPU", self.gpus)) if n}
+
+    def predictor(self, config: JobConfig) -> PredictorConfig:
+        """What each actor loads."""
+        shared = shares_weights(self.max_actors, self.cpus)
+        return replace(config.predictor, n_threads=self.cpus, share_weights=shared)
 
 
 def connect(config: JobConfig) -> bool:

@@ -227,7 +227,7 @@ class JobConfig:
 
     @property
     def predictor(self) -> PredictorConfig:
-        """What each actor loads; threads are set once the CPUs of an actor are known."""
+        """What each actor loads; see `Pool.predictor`, once the CPUs of an actor are known."""
         return PredictorConfig(
             model=self.model,
             options=self.options,

@@ -179,9 +179,7 @@ def forecast(config: JobConfig, flags: PlanFlags) -> Forecast:
     pool = local_pool(config, os.cpu_count() or 1)
     started = time.monotonic()
     device = None if config.num_gpus_per_actor else "cpu"  # a GPU that is here, or the CPU
-    predictor = Predictor.load(
-        replace(config.predictor, model=str(model), n_threads=pool.cpus, device=device)
-    )
+    predictor = Predictor.load(replace(pool.predictor(config), model=str(model), device=device))
     loading = time.monotonic() - started
     try:
         sample = read_sample(config, info, state.todo, predictor, flags)

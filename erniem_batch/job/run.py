@@ -178,6 +178,7 @@ def _go_on(
                 model=str(model),
                 device="cpu",
                 max_batch_tokens=config.window_tokens,  # nothing to find out here
+                share_weights=True,  # nor to be fast
             )
         ).close()
         assignment = Assignment(
@@ -186,7 +187,7 @@ def _go_on(
             output=folder.output,
             fingerprint=info.fingerprint,
             model_digest=digest,
-            n_threads=1,
+            predictor=config.predictor,
         )
         work = tag_units(folder, info, state.todo, assignment, lease, on_receipt)
         state = folder.assess(units, info)
@@ -283,7 +284,7 @@ def tag_units(
         unmark_success(folder.output)
         working = time.monotonic()
         counter = start_counter()
-        assignment = replace(assignment, n_threads=pool.cpus)
+        assignment = replace(assignment, predictor=pool.predictor(config))
         metrics = DriverMetrics(config.task, folder.output)
         with Progress(units, counter, metrics) as progress:
             for receipt in stream(units, assignment, pool, counter):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from erniem_batch.errors import ConfigError
+from erniem_batch.model.onednn import replace_linears
 
 # Activations are 128 more than they mean: oneDNN is fastest with unsigned ones.
 ZERO = 128
@@ -119,10 +120,7 @@ def quantize_linears(encoder: nn.Module) -> None:
                 f"dtype=int8: torch {torch.__version__} has no int8 multiplication here; use "
                 f"float32"
             ) from error
-    for parent in list(encoder.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, Int8Linear(child))
+    replace_linears(encoder, Int8Linear)
 
 
 def _scales(rows: Tensor, limit: int) -> Tensor:

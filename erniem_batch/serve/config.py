@@ -12,7 +12,7 @@ from pydantic import (
     model_validator,
 )
 
-from erniem_batch.config import DEMO, PredictorConfig
+from erniem_batch.config import DEMO, PredictorConfig, shares_weights
 from erniem_batch.errors import ConfigError
 from erniem_batch.options import TASKS, options_of
 
@@ -91,6 +91,12 @@ class ModelConfig(Strict):
         """Of the forward passes of a replica; None: as torch likes."""
         return None if self.num_gpus else max(1, math.ceil(self.num_cpus))
 
+    @property
+    def most_replicas(self) -> int:
+        """Of those there may ever be."""
+        replicas = self.replicas
+        return replicas.max_replicas if isinstance(replicas, Autoscaling) else replicas
+
     def predictor(self, task: str) -> PredictorConfig:
         """What a predictor of this model for a task is told.
 
@@ -107,6 +113,7 @@ class ModelConfig(Strict):
             dtype=self.dtype,
             device="cuda" if self.num_gpus else "cpu",
             n_threads=self.n_threads,
+            share_weights=shares_weights(self.most_replicas, self.n_threads or 1),
         )
 
 

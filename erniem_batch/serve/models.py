@@ -12,6 +12,7 @@ from erniem_batch.lanes import lanes_of
 from erniem_batch.model.config import ErnieMConfig
 from erniem_batch.model.fetch import ENCODER, head_url, local_folder
 from erniem_batch.model.int8 import Int8Linear
+from erniem_batch.model.onednn import PrepackedLinear
 from erniem_batch.options import TASKS
 from erniem_batch.predictor import Predictor
 from erniem_batch.serve.config import ModelConfig
@@ -74,7 +75,7 @@ class Shared:
 
     def __init__(self) -> None:
         self._tensors: dict[str, list[Tensor]] = {}
-        self._packed: dict[tuple[str, bytes], Tensor] = {}
+        self._packed: dict[tuple[str, bytes | int], Tensor] = {}
 
     def add(self, model: nn.Module) -> None:
         """A model takes what others have already, and gives the rest."""
@@ -88,6 +89,9 @@ class Shared:
         for name, module in model.named_modules():
             if isinstance(module, Int8Linear):
                 module.packed = self._packed.setdefault((name, module.digest), module.packed)
+            elif isinstance(module, PrepackedLinear):
+                place = module.weight.data_ptr()  # of equal weights the same by now
+                module.packed = self._packed.setdefault((name, place), module.packed)
 
 
 def _is_equal(one: Tensor, other: Tensor) -> bool:

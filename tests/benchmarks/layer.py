@@ -10,6 +10,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from rich.console import Console
 from erniem_batch import ErnieMForTokenClassification
 from erniem_batch.batching import plan_batches
 from erniem_batch.model.activations import activate_
+from erniem_batch.model.onednn import prepack_linears
 from erniem_batch.model.packed import Packed, _attend, pack
-from erniem_batch.model.steps import multiply_by_onednn, onednn_is_faster
+from erniem_batch.model.steps import steps_for
 from tests.benchmarks.forward import KINDS, attention_share, workplace
+from tests.benchmarks.race.products import product
 
 BUDGETS = (512, 1024)
 
@@ -44,7 +47,8 @@ def main(
     """
     with workplace(folder, vocab) as (_, folder):
         torch.set_num_threads(1)
-        model = ErnieMForTokenClassification.from_pretrained(folder / "model" / "ner").eval()
+        model = ErnieMForTokenClassification.from_pretrained(folder / "model" / "ner")
+        prepack_linears(model.ernie_m.encoder)  # as `Predictor.load` does
         rows = []
         for kind in KINDS:
             pieces = json.loads((folder / f"race-{kind}.json").read_text())
@@ -69,18 +73,7 @@ def measure(model: Any, batch: Packed, rounds: int) -> dict[str, Any]:
     n_tokens, shape = sum(batch.lengths), (-1, 12, 64)
     hidden, q, k, v, mixed, outer = torch.randn(6, n_tokens, 768)
     inner = torch.randn(n_tokens, 3072)
-    by_onednn = onednn_is_faster()
-
-    def product(linear: torch.nn.Linear, given: torch.Tensor, out: torch.Tensor) -> Any:
-        if by_onednn:
-            return lambda: multiply_by_onednn(given, linear.weight, None)
-        return lambda: torch.mm(given, linear.weight.t(), out=out)
-
-    def with_bias(linear: torch.nn.Linear, given: torch.Tensor, out: torch.Tensor) -> Any:
-        if by_onednn:
-            return lambda: multiply_by_onednn(given, linear.weight, linear.bias)
-        return lambda: torch.addmm(linear.bias, given, linear.weight.t(), out=out)
-
+    linear_steps = steps_for(layer.linear1)
     linears = {
         "q": (attention.q_proj, hidden, q),
         "k": (attention.k_proj, hidden, k),
@@ -90,9 +83,9 @@ def measure(model: Any, batch: Packed, rounds: int) -> dict[str, Any]:
         "linear2": (layer.linear2, inner, outer),
     }
     steps: dict[str, Callable[[], Any]] = {}
-    for name, parts in linears.items():
-        steps[f"product {name}"] = product(*parts)
-        steps[f"linear {name}"] = with_bias(*parts)
+    for name, (linear, given, out) in linears.items():
+        steps[f"product {name}"] = partial(product, linear, given, out)
+        steps[f"linear {name}"] = partial(linear_steps.project, name, linear, given)
     steps |= {
         "attention": lambda: _attend(
             q.view(shape), k.view(shape), v.view(shape), batch.groups, mixed.view(shape)

@@ -9,6 +9,7 @@ size of ErnieM-base and with that of the demo, next to which all else weighs mor
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -80,7 +81,7 @@ def measure(model: str, source: Path, output: Path, threads: int) -> dict[str, A
     digest = model_digest(local_folder(model, config.task))
     run = Assignment(
         config=config, schema=schema, output=str(config.output), fingerprint="none",
-        model_digest=digest, n_threads=threads,
+        model_digest=digest, predictor=replace(config.predictor, n_threads=threads),
     )  # fmt: skip
     tagger = UnitTagger(run, _Silent())
     units = list(plan_units(files, config.bytes_per_unit, config.text_column, config.limit))

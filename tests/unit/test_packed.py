@@ -1,5 +1,6 @@
 """The forward pass without padding says what the padded one says."""
 
+from copy import deepcopy
 from dataclasses import replace
 from itertools import product
 
@@ -9,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from erniem_batch.model import steps
+from erniem_batch.model import onednn, steps
 from erniem_batch.model.encoder import ErnieMModel
 from erniem_batch.model.heads import HEADS, ErnieMForEmbedding, ErnieMForMultipleChoice
+from erniem_batch.model.onednn import prepack_linears
 from erniem_batch.model.outputs import SpanOutput
 from erniem_batch.model.packed import encode_packed, pack
 
@@ -46,11 +48,15 @@ def alone(model, ids):
 @torch.no_grad()
 def assert_same(model, texts, atol=1e-5):
     expected = torch.cat([alone(model, ids) for ids in texts])
-    # As on a CPU, as on a GPU; by MKL, by oneDNN.
-    for one_call, by_onednn in product((False, True), (False, True)):
+    prepacked = deepcopy(model)
+    # As on a CPU, as on a GPU; by MKL, by oneDNN with weights as they are and in its own order.
+    ways = ((model, False), (model, True), (prepacked, True))
+    for one_call, (chosen, by_onednn) in product((False, True), ways):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(steps, "onednn_is_faster", lambda by_onednn=by_onednn: by_onednn)
-            rows = model.rows(pack(texts, model.config, CPU, one_call=one_call))
+            patch.setattr(onednn, "onednn_is_faster", lambda by_onednn=by_onednn: by_onednn)
+            if chosen is prepacked:
+                prepack_linears(prepacked.ernie_m.encoder)
+            rows = chosen.rows(pack(texts, model.config, CPU, one_call=one_call))
         assert rows.shape == expected.shape
         assert rows.dtype == expected.dtype
         torch.testing.assert_close(rows, expected, atol=atol, rtol=0)
@@ -149,10 +155,10 @@ def test_too_long(random_model):
     ],
 )
 def test_who_multiplies(monkeypatch, processor, dtype, expected):
-    monkeypatch.setattr(steps, "processor", lambda: processor)
+    monkeypatch.setattr(onednn, "processor", lambda: processor)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    steps.onednn_is_faster.cache_clear()
+    onednn.onednn_is_faster.cache_clear()
     found = steps.steps_for(torch.nn.Linear(4, 4, dtype=dtype))
-    steps.onednn_is_faster.cache_clear()
+    onednn.onednn_is_faster.cache_clear()
     assert type(found) is expected

@@ -213,17 +213,10 @@ class Gemm(Ours):
 
     def __init__(self, name):
         super().__init__(name.replace("gemm", "ours") + "-float32")
-        import torch
-
-        from erniem_batch.model.steps import onednn_is_faster
-
-        encoder = self.predictor.model.ernie_m.encoder
-        self.by_onednn = onednn_is_faster()
-        self.weights = [
-            [m.weight for m in layer.modules() if isinstance(m, torch.nn.Linear)]
-            for layer in encoder.layers
+        self.linears = [
+            [m for m in layer.modules() if hasattr(m, "out_features")]
+            for layer in self.predictor.model.ernie_m.encoder.layers
         ]
-        self.torch = torch
         self.firsts_only = name == "gemm-classify"
 
     def run(self, pieces, option):
@@ -241,27 +234,24 @@ class Gemm(Ours):
             each.result()
 
     def products(self, n_tokens, n_texts):
-        from erniem_batch.model.steps import multiply_by_onednn
+        import torch
+        from products import product
 
-        torch = self.torch
         with torch.inference_mode():
             room = {}
             given = {width: torch.full((n_tokens, width), 0.1) for width in self.widths()}
-            for number, layer in enumerate(self.weights):
-                last = self.firsts_only and number == len(self.weights) - 1
-                for place, weight in enumerate(layer):
+            for number, layer in enumerate(self.linears):
+                last = self.firsts_only and number == len(self.linears) - 1
+                for place, linear in enumerate(layer):
                     # Of the last layer, keys and values of all tokens; else only of the first.
                     n = n_texts if last and place not in (1, 2) else n_tokens
-                    width, width_in = weight.shape
-                    if self.by_onednn:
-                        multiply_by_onednn(given[width_in][:n], weight, None)
-                        continue
+                    width = linear.out_features
                     if (n, width) not in room:
                         room[n, width] = torch.empty(n, width)
-                    torch.mm(given[width_in][:n], weight.t(), out=room[n, width])
+                    product(linear, given[linear.in_features][:n], room[n, width])
 
     def widths(self):
-        return {weight.shape[1] for weight in self.weights[0]}
+        return {linear.in_features for linear in self.linears[0]}
 
 
 # ---- conversions, once a folder -----------------------------------------------------------------
