@@ -6,6 +6,7 @@ of its own, which is faster and gives the same results, but is a copy in each pr
 Shapes: S tokens, D width in, C width out.
 """
 
+import os
 import platform
 from collections.abc import Callable
 from functools import cache
@@ -17,6 +18,12 @@ from torch import Tensor, nn
 AMD = "AuthenticAMD"
 # Tokens that the order of the weights is chosen for; it is good for fewer and for more.
 USUAL_TOKENS = 512
+
+# oneDNN makes code for each number of tokens, and keeps it for the last 1024 of them, torch's layer
+# above it too: most of a gigabyte in a long run. All layers of the passes at hand need fewer than
+# these. Read at the first product, whenever torch was imported.
+for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_cache, "64")
 
 
 class PrepackedLinear(nn.Module):

@@ -1,5 +1,7 @@
 """Weights in oneDNN's own order: when they are, and that nothing else changes."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,6 +14,27 @@ from erniem_batch.model.onednn import PrepackedLinear, prepack_linears
 from erniem_batch.predictor import Predictor
 from erniem_batch.records import Record
 from erniem_batch.serve.models import Shared
+
+MANY_SIZES = """
+import resource, sys
+import torch
+from erniem_batch.model.int8 import Int8Linear
+from erniem_batch.model.onednn import PrepackedLinear
+
+torch.set_num_threads(1)
+kind = {"float32": PrepackedLinear, "int8": Int8Linear}[sys.argv[1]]
+up, down = kind(torch.nn.Linear(64, 256)), kind(torch.nn.Linear(256, 64))
+
+@torch.inference_mode()
+def grown(sizes):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for n in sizes:
+        down(up(torch.ones(n, 64)))
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+grown([2000, *range(1, 100)])
+print(grown(range(100, 1000)))
+"""
 
 TEXTS = ["Ada Lovelace lived in London.", "Berlin", "Παρίσι και Ρώμη " * 40]
 
@@ -92,3 +115,10 @@ def test_tasks_of_a_service_share_them(on_amd, random_model, tiny_config):
     assert first.linear1.packed is second.linear1.packed
     assert first.linear1.packed is not first.linear2.packed
     assert first.linear1.packed is not other.linear1.packed
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_batches_of_many_sizes_leave_nothing(dtype):
+    command = [sys.executable, "-c", MANY_SIZES, dtype]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
+    assert float(done.stdout) < 100, "MB; without a limit it is some 300"
