@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from erniem_batch.errors import ConfigError
-from erniem_batch.model.onednn import replace_linears
+from erniem_batch.model.onednn import limit_caches, replace_linears
 
 # Activations are 128 more than they mean: oneDNN is fastest with unsigned ones.
 ZERO = 128
@@ -71,6 +71,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
+        limit_caches()
         weight_CD = linear.weight.detach()
         scales_C1 = _scales(weight_CD, _onednn_limit() or HIGHEST)
         values_CD = (weight_CD / scales_C1).round_().to(torch.int8)

@@ -18,12 +18,10 @@ from torch import Tensor, nn
 AMD = "AuthenticAMD"
 # Tokens that the order of the weights is chosen for; it is good for fewer and for more.
 USUAL_TOKENS = 512
-
-# oneDNN makes code for each number of tokens, and keeps it for the last 1024 of them, torch's layer
-# above it too: most of a gigabyte in a long run. All layers of the passes at hand need fewer than
-# these. Read at the first product, whenever torch was imported.
-for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-    os.environ.setdefault(_cache, "64")
+# Of oneDNN, and of torch's layer above it.
+CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+# All layers of the passes at hand need fewer.
+KEPT = 64
 
 
 class PrepackedLinear(nn.Module):
@@ -39,6 +37,7 @@ class PrepackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
+        limit_caches()
         self.out_features, self.in_features = linear.out_features, linear.in_features
         self.weight, self.bias = linear.weight, linear.bias
         self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(
@@ -48,6 +47,16 @@ class PrepackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(…, out) from (…, in)."""
         return multiply(x, self.packed, self.bias)
+
+
+def limit_caches() -> None:
+    """To be called before the first product of a process, when they are read.
+
+    oneDNN makes code for each number of tokens, and unless told otherwise it is kept for the last
+    1,024 of them: most of a gigabyte in a long run.
+    """
+    for name in CACHES:
+        os.environ.setdefault(name, str(KEPT))
 
 
 def prepack_linears(encoder: nn.Module) -> None:

@@ -47,6 +47,10 @@ class Steps:
 class OneDnnSteps(Steps):
     """In float32 by oneDNN, with weights as they are: mapped from their file, and shared."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        onednn.limit_caches()
+
     def project(self, name: str, layer: Any, given_SD: Any) -> Tensor:
         return onednn.multiply(given_SD, layer.weight, layer.bias)
 
