@@ -49,6 +49,7 @@ class PrepackedLinear(nn.Module):
         return multiply(x, self.packed, self.bias)
 
 
+@cache  # every pass asks for it
 def limit_caches() -> None:
     """To be called before the first product of a process, when they are read.
 

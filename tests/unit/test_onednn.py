@@ -121,4 +121,4 @@ def test_tasks_of_a_service_share_them(on_amd, random_model, tiny_config):
 def test_batches_of_many_sizes_leave_nothing(dtype):
     command = [sys.executable, "-c", MANY_SIZES, dtype]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
-    assert float(done.stdout) < 100, "MB; without a limit it is some 300"
+    assert float(done.stdout) < 100, "MB; without a limit it is 500 to 800"
