@@ -21,6 +21,7 @@ from erniem_batch.serve.config import MAX_ONGOING_REQUESTS, AppConfig, Autoscali
 from erniem_batch.serve.engine import Ask, Engine, Refusal, Served
 from erniem_batch.serve.memory import Trimmer
 from erniem_batch.serve.metrics import BatchMetrics, RequestMetrics
+from erniem_batch.serve.receive import OnlyTheBody
 
 HTTP_CPUS = 0.5
 # More than this waits for a replica, and the proxy says to come again.
@@ -169,7 +170,9 @@ class HttpServer:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         # Serve runs its lifespan, which starts the engines, before it calls the replica ready.
-        return make_api(self._config, self._backends, RequestMetrics())
+        api = make_api(self._config, self._backends, RequestMetrics())
+        api.add_middleware(OnlyTheBody)
+        return api
 
     def check_health(self) -> None:
         """Raises an EngineError if this process is to be replaced."""

@@ -42,6 +42,7 @@ CONTENDERS = {
     "gemm-classify": "",
     "ours-ner-float32": "",
     "ours-classify-float32": "",
+    "ours-ner-float32-shared": "",
     "ctranslate2-float32": "new",
     "onnxruntime-float32": "new",
     "openvino-float32": "new",

@@ -29,6 +29,7 @@ KINDS = ("short", "mixed")
 NAMES = {
     "ours-ner-float32": "erniem_batch, NER",
     "ours-classify-float32": "erniem_batch, classification",
+    "ours-ner-float32-shared": "erniem_batch, NER, weights as in the file",
     "ours-ner-int8": "erniem_batch int8, NER",
     "ours-classify-int8": "erniem_batch int8, classification",
     "ctranslate2-float32": "CTranslate2 4.8.5",

@@ -227,16 +227,33 @@ def drawn_metrics() -> set[str]:
     return names - {"ray_erniem_serve_padding_tokens_total"}
 
 
+@pytest.mark.slow  # Ray tells of metrics every ten seconds
+def test_what_nobody_waits_for_is_not_computed(url, run, service_dir):
+    """A client that goes is noticed by the proxy, which cancels its request at the replica."""
+    run(one_model(service_dir, tasks=("ner",)))
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}/v1/ner", json={"inputs": TEXT * 10_000}, timeout=0.5)
+    gone = re.compile(r"^ray_erniem_serve_requests_total\{.*status=\"499\".*\} 1", flags=re.M)
+    give_up = time.monotonic() + 30
+    while not gone.search(metrics()):
+        assert time.monotonic() < give_up
+        time.sleep(1)
+
+
+def metrics() -> str:
+    """What this Ray tells Prometheus."""
+    import ray
+
+    node = next(node for node in ray.nodes() if node["Alive"])
+    return httpx.get(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics").text
+
+
 @pytest.mark.slow
 def test_what_is_served_stays_among_the_metrics(run, service_dir):
     """Ray forgets a gauge that nobody has set for some time."""
-    import ray
-
     run(one_model(service_dir, tasks=("ner", "qa")))
     time.sleep(60)
-    node = next(node for node in ray.nodes() if node["Alive"])
-    text = httpx.get(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics").text
-    told = re.findall(r"^ray_erniem_serve_model_info\{.*task=\"(\w+)\"", text, flags=re.M)
+    told = re.findall(r"^ray_erniem_serve_model_info\{.*task=\"(\w+)\"", metrics(), flags=re.M)
     assert sorted(told) == ["ner", "qa"]
 
 

@@ -182,18 +182,19 @@ class CTranslate2(Engine):
 
 
 class Ours(Engine):
-    """The predictor, from windows to rows."""
+    """The predictor, from windows to rows; `shared`: with weights as the file has them, so that
+    processes can share them."""
 
     def __init__(self, name):
         from erniem_batch.config import PredictorConfig
         from erniem_batch.options import options_of
         from erniem_batch.predictor import Predictor
 
-        _, task, dtype = name.split("-")
+        _, task, dtype, *shared = name.split("-")
         self.predictor = Predictor.load(
             PredictorConfig(
                 model=str(FOLDER / "model" / task), options=options_of(task, {}), device="cpu",
-                dtype=dtype, n_threads=THREADS,
+                dtype=dtype, n_threads=THREADS, share_weights=bool(shared),
             )
         )  # fmt: skip
         self.options = [{"max_batch_tokens": self.predictor.max_batch_tokens}]
@@ -325,6 +326,7 @@ ENGINES = {
     "ctranslate2-int8": CTranslate2,
     "ours-ner-float32": Ours,
     "ours-classify-float32": Ours,
+    "ours-ner-float32-shared": Ours,
     "ours-ner-int8": Ours,
     "ours-classify-int8": Ours,
     "gemm-ner": Gemm,
