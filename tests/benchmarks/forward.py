@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cyclopts import App
+from cyclopts import App, Parameter
 from rich.console import Console
 
 from tests.benchmarks.inputs import write_inputs
@@ -57,7 +57,7 @@ CONTENDERS = {
 HIDDEN, LAYERS, INNER = 768, 12, 3072
 CALIBRATION_SHARE = 3
 
-app = App(help=__doc__)
+app = App(help=__doc__, default_parameter=Parameter(consume_multiple=True))
 console = Console(stderr=True, width=140)
 
 

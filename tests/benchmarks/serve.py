@@ -54,7 +54,7 @@ from typing import Any
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
-from cyclopts import App
+from cyclopts import App, Parameter
 from rich.console import Console
 from rich.table import Table
 
@@ -79,7 +79,7 @@ TARGET_ADDED_MS = 15.0
 # A quiet machine is that steady.
 STEADY = 0.15
 
-app = App(help=__doc__)
+app = App(help=__doc__, default_parameter=Parameter(consume_multiple=True))
 console = Console(stderr=True, width=120)
 
 
