@@ -43,16 +43,16 @@ def test_serve_is_asked_for_the_body_alone(parts: tuple[bytes, ...]) -> None:
                 break
         await asyncio.sleep(0.01)  # computes something
 
-    async def test(app: Any) -> bool:
+    async def test() -> bool:
         receive = ASGIReceiveProxy(SCOPE, None, proxy)
         fetching = asyncio.create_task(receive.fetch_until_disconnect())
-        await app(SCOPE, receive, None)
+        await OnlyTheBody(application)(SCOPE, receive, None)
         is_waiting = not fetching.done()
         fetching.cancel()
         await asyncio.wait([fetching])
         return is_waiting
 
-    assert asyncio.run(test(OnlyTheBody(application)))
+    assert asyncio.run(test())
     assert body == list(parts)
     assert proxy.n_calls == len(parts)
 
