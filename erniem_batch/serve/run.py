@@ -105,9 +105,13 @@ def _settings_of_ray(direct_port: int | None, environment: Mapping[str, str]) ->
         # Belongs to it, but Ray 2.60 forgets the proxy: requests reach a replica by gRPC, which
         # costs both less than a call of an actor.
         "RAY_SERVE_PROXY_USE_GRPC": "1",
-        # Twice a second the controller looks after its replicas, not ten times: on a machine that
+        # The proxy sends a small body along with its request, see serve/receive.py.
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": (
+            "erniem_batch.serve.receive.middlewares_of_the_proxy"
+        ),
+        # Once a second the controller looks after its replicas, not ten times: on a machine that
         # computes with all cores that takes 3 % of them.
-        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "1",
         # That would open a port of each replica, whether or not somebody wants it.
         "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
         # Half a minute for load balancers to notice an end; there are none.

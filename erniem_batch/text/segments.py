@@ -19,6 +19,8 @@ import sentencepiece
 from erniem_batch.text.pieces import UNDERLINE, IntArray, PieceTable, split_piece
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
+# So many are given to SentencePiece one by one.
+FEW_TEXTS = 16
 
 
 class Tokens(NamedTuple):
@@ -139,10 +141,10 @@ class SegmentEncoder:
         """Pieces of all texts by their index in the table, and where those of each text begin."""
         self._table.make_room()
         if self._is_sampling:  # two calls would draw two different cuts
-            pieces = self._processor.encode(fed, return_type=str, **self._options)
+            pieces = self._cut(fed, return_type=str)
             index = self._table.indices(chain.from_iterable(pieces))
             return index, _splits(np.fromiter(map(len, pieces), np.int64, len(pieces)))
-        rows = self._processor.encode(fed, **self._options)
+        rows = self._cut(fed)
         splits = _splits(np.fromiter(map(len, rows), np.int64, len(rows)))
         ids = np.fromiter(chain.from_iterable(rows), np.int64, int(splits[-1]))
         index = self._table.indices_of_ids(ids, self._processor.id_to_piece)
@@ -151,13 +153,22 @@ class SegmentEncoder:
         if len(unknown):
             row_of = np.searchsorted(splits, unknown, side="right") - 1
             rows_again = np.unique(row_of).tolist()
-            pieces = self._processor.encode(
-                [fed[row] for row in rows_again], return_type=str, **self._options
-            )
+            pieces = self._cut([fed[row] for row in rows_again], return_type=str)
             of_row = dict(zip(rows_again, pieces, strict=True))
             places = zip(row_of.tolist(), (unknown - splits[row_of]).tolist(), strict=True)
             index[unknown] = self._table.indices([of_row[row][place] for row, place in places])
         return index, splits
+
+    def _cut(self, texts: list[str], **form: Any) -> list[Any]:
+        """What SentencePiece makes of each text.
+
+        It starts a thread for every list, which takes as long as ten short texts, and on a busy
+        machine waits for a core besides. So it gets few texts one by one.
+        """
+        if len(texts) <= FEW_TEXTS and self._options["num_threads"] == 1:
+            return [self._processor.encode(text, **form, **self._options) for text in texts]
+        rows: list[Any] = self._processor.encode(texts, **form, **self._options)
+        return rows
 
     def tokens(self, text: str, lower: bool) -> list[str]:
         """Token strings of one text, unknown ones as they stand in the normalised text."""

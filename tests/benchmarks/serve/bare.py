@@ -1,9 +1,10 @@
 """The predictor without a service, as a mark: prints a line of JSON.
 
-    python tests/benchmarks/serve/bare.py MODEL_FOLDER TASK TEXTS SECONDS
+    python tests/benchmarks/serve/bare.py MODEL_FOLDER TASK TEXTS SECONDS|in-turns
 
-`one`: texts one at a time; its milliseconds are the medians of a single forward pass and of all of
-a prediction. `lists`: lists of 32 texts. `all`: the whole file in one call, once.
+`in-turns`: lists of 32 texts, as many seconds as each line of the input says, with a line for each.
+Else `one`: texts one at a time; its milliseconds are the medians of a single forward pass and of
+all of a prediction. `lists`: lists of 32 texts. `all`: the whole file in one call, once.
 """
 
 import json
@@ -29,6 +30,11 @@ def main() -> None:
     given = json.loads(Path(texts).read_text())
     records = [Record(str(i), text) for i, text in enumerate(given)]
     predictor.predict(records[:LIST])  # warms up
+    if seconds == "in-turns":
+        lists = lists_of(records)
+        for line in sys.stdin:
+            print(json.dumps(in_lists(predictor, lists, float(line))), flush=True)
+        return predictor.close()
     report = {
         "one": one_by_one(predictor, records, float(seconds)),
         "lists": in_lists(predictor, lists_of(records), float(seconds)),
