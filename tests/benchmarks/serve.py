@@ -31,10 +31,10 @@ turn is that of the mean of the bare loop before and after it, and the median of
 a machine that becomes slower or faster meanwhile does so for both.
 
 All have the same threads and float32. They take turns, each alone on the machine; with --repeat, in
-turned order every other round, and figures are medians of the rounds. What is under way when the
-time is over is not counted: --seconds should be many times a latency. wrk fills its histogram of
-latencies with requests that were never sent, where answers are slow: that is taken out again. A
-table goes to stderr, one line of JSON to stdout.
+turned order every other round, and figures are medians of the rounds. A rate is that of whole
+seconds after the first answer, since until then nobody can be done; --seconds should be many times
+a latency all the same. wrk fills its histogram of latencies with requests that were never sent,
+where answers are slow: that is taken out again. A table goes to stderr, one line of JSON to stdout.
 """
 
 import json
@@ -80,6 +80,8 @@ START_S = 300
 STOP_S = 60
 ANSWER_S = 300
 WARM_UP_S = 3
+# For a rate; of fewer, the whole time counts.
+LEAST_SECONDS = 5
 AWAKE_S = 1.5
 TARGET_SHARE = 0.85
 TARGET_CLIENTS = 32
@@ -385,17 +387,31 @@ def put_under_load(url: str, bodies: Path, n_clients: int, seconds: float) -> Lo
     seen = json.loads(done.stdout.splitlines()[-1])
     n_answers = max(1, seen["requests"])
     latencies = latencies_of(seen, n_clients)
-    spent = seen["micros"] / 1e6
+    texts_per_s, tokens_per_s = rates_of(seen)
     return Load(
         answers=seen["requests"],
-        texts_per_s=(seen["requests"] - seen["refused"]) / spent,
-        tokens_per_s=seen["tokens"] / spent,
+        texts_per_s=texts_per_s,
+        tokens_per_s=tokens_per_s,
         p50_ms=percentile(latencies, 0.50),
         p99_ms=percentile(latencies, 0.99),
         refused=seen["refused"],
         broken=seen["broken"],
         server_ms={name: round(ms / n_answers, 1) for name, ms in seen["spent_ms"].items()},
     )
+
+
+def rates_of(seen: Mapping[str, Any]) -> tuple[float, float]:
+    """Answers with 200 a second, and their tokens, while all clients were at work: without the time
+    to the first answer, and without the last second, which is no whole one."""
+    answers = {second: (n, tokens) for second, n, tokens in seen["seconds"]}
+    whole = range(min(answers, default=0) + 1, max(answers, default=0))
+    if len(whole) < LEAST_SECONDS:
+        spent = seen["micros"] / 1e6
+        n, tokens = (sum(column) for column in zip((0, 0), *answers.values(), strict=True))
+        return n / spent, tokens / spent
+    counts = [answers.get(second, (0, 0)) for second in whole]
+    n, tokens = (sum(column) / len(whole) for column in zip(*counts, strict=True))
+    return n, tokens
 
 
 def latencies_of(seen: Mapping[str, Any], n_clients: int) -> dict[int, int]:
@@ -517,7 +533,7 @@ def targets(seen: Seen) -> list[dict[str, Any]]:
                 "limit": TARGET_SHARE,
                 "is": round(share, 3),
                 "turns": [round(value, 3) for value in shares],
-                # A short run ends before its longest texts do: then tokens compare.
+                # The longest texts may be done when the time is over: then tokens compare.
                 "in_tokens": round(statistics.median(t.share_of_tokens for t in turns), 3),
                 "met": share >= TARGET_SHARE,
             }
