@@ -26,7 +26,7 @@ raise SystemExit(main(sys.argv[2:]))
 """
 # Ray tells of metrics every ten seconds, for which the job would have to last longer.
 SOON = {"RAY_metrics_report_interval_ms": "1000"}
-N_UNITS = 60
+N_UNITS = 150
 # Those that a run without faults and without padding never tells.
 SILENT = {"erniem_batch_padding_tokens", "erniem_batch_dead_letters"}
 
