@@ -7,6 +7,7 @@ With several, each is a deployment of its own behind the one that speaks HTTP.
 import asyncio
 import inspect
 import logging
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,6 +36,9 @@ HEALTH_TIMEOUT_S = 30
 DRAIN_PERIOD_S = 0.5
 # Beyond our own deadline: until then the proxy waits, and a replica that ends finishes its work.
 GRACE_S = 10.0
+# A forward pass asks for Python's lock at each of its steps. This long it waits while the event loop
+# has it; Python's own 5 ms are longer than the step.
+SWITCH_S = 0.0005
 # No replica of a model answers.
 UNAVAILABLE = Refusal(503, "unavailable", "the model is being (re)started: ask again", None, 5.0)
 
@@ -45,6 +49,7 @@ class MeteredEngine(Engine):
     """An engine that tells Prometheus."""
 
     async def start(self) -> None:
+        sys.setswitchinterval(SWITCH_S)
         budgets = {task: predictor.max_batch_tokens for task, predictor in self.predictors.items()}
         self._trimmer = Trimmer()
         self.on_batch = self._metrics = BatchMetrics(self.config.name, await self.card(), budgets)

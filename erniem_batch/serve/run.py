@@ -112,6 +112,8 @@ def _settings_of_ray(direct_port: int | None, environment: Mapping[str, str]) ->
         # Once a second the controller looks after its replicas, not ten times: on a machine that
         # computes with all cores that takes 3 % of them.
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "1",
+        # And the others add up their figures once a second; Ray tells them every ten.
+        "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
         # That would open a port of each replica, whether or not somebody wants it.
         "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
         # Half a minute for load balancers to notice an end; there are none.
