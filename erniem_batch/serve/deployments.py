@@ -36,8 +36,8 @@ HEALTH_TIMEOUT_S = 30
 DRAIN_PERIOD_S = 0.5
 # Beyond our own deadline: until then the proxy waits, and a replica that ends finishes its work.
 GRACE_S = 10.0
-# A forward pass asks for Python's lock at each of its steps. This long it waits while the event loop
-# has it; Python's own 5 ms are longer than the step.
+# A forward pass asks for Python's lock at each of its steps. So long it waits where the event loop
+# has it; Python's own 5 ms are longer than most steps.
 SWITCH_S = 0.0005
 # No replica of a model answers.
 UNAVAILABLE = Refusal(503, "unavailable", "the model is being (re)started: ask again", None, 5.0)
