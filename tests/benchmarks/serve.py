@@ -80,8 +80,9 @@ START_S = 300
 STOP_S = 60
 ANSWER_S = 300
 WARM_UP_S = 3
-# For a rate; of fewer, the whole time counts.
+# For a rate, and answers for each client; of fewer, the whole time counts.
 LEAST_SECONDS = 5
+LEAST_ANSWERS = 5
 AWAKE_S = 1.5
 TARGET_SHARE = 0.85
 TARGET_CLIENTS = 32
@@ -387,7 +388,7 @@ def put_under_load(url: str, bodies: Path, n_clients: int, seconds: float) -> Lo
     seen = json.loads(done.stdout.splitlines()[-1])
     n_answers = max(1, seen["requests"])
     latencies = latencies_of(seen, n_clients)
-    texts_per_s, tokens_per_s = rates_of(seen)
+    texts_per_s, tokens_per_s = rates_of(seen, n_clients)
     return Load(
         answers=seen["requests"],
         texts_per_s=texts_per_s,
@@ -400,12 +401,12 @@ def put_under_load(url: str, bodies: Path, n_clients: int, seconds: float) -> Lo
     )
 
 
-def rates_of(seen: Mapping[str, Any]) -> tuple[float, float]:
+def rates_of(seen: Mapping[str, Any], n_clients: int) -> tuple[float, float]:
     """Answers with 200 a second, and their tokens, while all clients were at work: without the time
     to the first answer, and without the last second, which is no whole one."""
     answers = {second: (n, tokens) for second, n, tokens in seen["seconds"]}
     whole = range(min(answers, default=0) + 1, max(answers, default=0))
-    if len(whole) < LEAST_SECONDS:
+    if len(whole) < LEAST_SECONDS or seen["requests"] < LEAST_ANSWERS * n_clients:
         spent = seen["micros"] / 1e6
         n, tokens = (sum(column) for column in zip((0, 0), *answers.values(), strict=True))
         return n / spent, tokens / spent
