@@ -110,6 +110,8 @@ class Client:
         name = {"choose": "premise", "qa": "context"}.get(task, "text")
         if share < BAD_SHARE + HANG_UP_SHARE + ODD_SHARE:
             body["inputs"][name] = r.choice(ODD_TEXTS)
+            if task == "qa" and not body["inputs"][name].strip():
+                return "bad", task, body  # in nothing there is no answer
         elif share < BAD_SHARE + HANG_UP_SHARE + ODD_SHARE + LONG_SHARE:
             body["inputs"][name] = text_of(r, r.randint(50, 150))
         return "good", task, body
