@@ -549,7 +549,7 @@ def test_nothing_that_is_sent_through_ray_does_harm(
         with httpx.Client(base_url=command.url, timeout=60, limits=alone) as client:
             service = Service(client)
             # Not the headers: Ray's proxy ends tiny deadlines by itself, with 408 and plain text,
-            # and answers 500 to an X-Request-ID that is not UTF-8. The replica sees none of these.
+            # and answers 500 to an X-Request-ID that is not UTF-8.
             made = [attack for attack in attacks(SEED) if not attack.kind.startswith("headers")]
             assert {200, 400, 404, 405, 413, 422} <= withstand(service, made)
             answers = {kind: raw(client.base_url.port, sent) for kind, sent in RAW_REQUESTS.items()}
