@@ -5,10 +5,13 @@ storage is reached through fsspec (s3fs, gcsfs, adlfs), which brings credentials
 environment and its own retries. Three things are promised for both:
 
 - a new file appears under its name whole or not at all (`new_file`, `write`);
-- `create` and `swap` change a small control file only if nobody else did;
+- `create` and `swap` change a small control file only if nobody else did, `new_file` with
+  `exclusive` never replaces a file, and `remove` deletes only the file that was listed: a process
+  that stands still for an hour before one of them does no harm when it goes on;
 - every failure but an absent file is a StorageError, so that it cannot be taken for bad content.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -16,11 +19,11 @@ import os
 import re
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from stat import S_ISREG
 from typing import IO, Any
@@ -41,6 +44,8 @@ STEP_BYTES = 64 << 10
 DELETING_THREADS = 16
 CONNECT_SECONDS = 10
 SILENT_SECONDS = 60
+# What a file system answers that has no hard links.
+NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,8 +382,14 @@ def read_table(path: str) -> pa.Table:
 
 
 @contextmanager
-def new_file(path: str) -> Iterator[IO[bytes]]:
+def new_file(path: str, *, exclusive: bool = False) -> Iterator[IO[bytes]]:
     """A file that appears under its name when the block has ended, or not at all.
+
+    Args:
+        exclusive: a file that is there already stays.
+
+    Raises:
+        Conflict: `exclusive`, and when the block had ended, there was a file of this name.
 
     Locally it is renamed in its folder. For object storage it is collected on the local disk and
     then sent in one upload, which the library abandons on an error: an exception in the block finds
@@ -389,8 +400,11 @@ def new_file(path: str) -> Iterator[IO[bytes]]:
             with _storage_errors(file.name, "writing"):
                 yield file
                 file.flush()
-            with _upload_errors(path):
-                _filesystem(_scheme(path)).put_file(file.name, path)
+            if exclusive:
+                _conditionally(path, None, partial(_upload_new, file.name))
+            else:
+                with _upload_errors(path):
+                    _filesystem(_scheme(path)).put_file(file.name, path)
         return
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
@@ -401,18 +415,54 @@ def new_file(path: str) -> Iterator[IO[bytes]]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(target)
+            try:
+                if exclusive:
+                    _rename_new(temporary, target)
+                else:
+                    temporary.replace(target)
+            except FileNotFoundError:
+                raise Conflict(f"{path}: another run has removed its unfinished file") from None
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def unfinished(folder: str) -> Iterator[str]:
+def _rename_new(temporary: Path, target: Path) -> None:
+    """Renames a file unless that would replace another, in one step.
+
+    Raises:
+        Conflict: the target exists.
+    """
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        raise Conflict(f"{target}: somebody else has made it") from None
+    except OSError as error:
+        if error.errno not in NO_HARD_LINKS:
+            raise
+        with _locked(target):
+            if target.exists():
+                raise Conflict(f"{target}: somebody else has made it") from None
+            temporary.replace(target)
+
+
+def _upload_new(local: str, filesystem: Any, path: str, content_type: str) -> str:
+    """Uploads a local file as a new object; gives no version."""
+    only_new: dict[str, dict[str, Any]] = {
+        "s3": {"mode": "create", "ContentType": content_type},
+        "gs": {"mode": "create", "content_type": content_type},
+        "az": {"overwrite": False, "content_settings": {"content_type": content_type}},
+    }
+    filesystem.put_file(local, path, **only_new[EXTRAS[_scheme(path)]])
+    return ""
+
+
+def unfinished(folder: str) -> Iterator[FileInfo]:
     """Temporary files below a folder; those of writers that were killed, if nobody is writing."""
     if not is_remote(folder):
         for info in find(folder):
             if re.search(r"/\.[^/]+\.[0-9a-f]{32}\.tmp$", info.path):
-                yield info.path
+                yield info
 
 
 def write(path: str, data: bytes) -> None:
@@ -441,6 +491,71 @@ def _delete(path: str) -> None:
             os.unlink(path)
 
 
+def remove(files: Iterable[FileInfo]) -> None:
+    """Deletes files, each only if it is still the one that was listed.
+
+    Where an object store ignores the condition of a deletion, a file that somebody replaces between
+    a last look and the deletion is lost; names that are never used twice are safe there, too.
+    """
+    with ThreadPoolExecutor(DELETING_THREADS) as pool:
+        for _ in pool.map(_remove, files):
+            pass
+
+
+def _remove(info: FileInfo) -> None:
+    with _storage_errors(info.path, "deleting"), suppress(FileNotFoundError):
+        if stat(info.path) != info:
+            return
+        if is_remote(info.path):
+            _remove_object(info)
+        else:
+            _remove_local(info.path)
+
+
+def _remove_local(path: str) -> None:
+    """Moves the file aside and looks at it, since no system call deletes a file conditionally."""
+    before = os.stat(path)
+    target = Path(path)
+    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    os.rename(path, aside)
+    if not _is_same(before, os.stat(aside)):  # it is another by now: back with it
+        with suppress(Conflict):  # unless there is a still newer one
+            _rename_new(aside, target)
+    os.unlink(aside)
+
+
+def _is_same(one: os.stat_result, other: os.stat_result) -> bool:
+    names = ("st_ino", "st_dev", "st_size", "st_mtime_ns")
+    return all(getattr(one, name) == getattr(other, name) for name in names)
+
+
+def _remove_object(info: FileInfo) -> None:
+    scheme = _scheme(info.path)
+    filesystem = _filesystem(scheme)
+    drop = {"s3": _s3_drop, "gs": _gs_drop, "az": _az_drop}[EXTRAS[scheme]]
+    try:
+        drop(filesystem, info)
+    except Exception as error:
+        if not (_is_absent(error) or _is_conflict(error, info.version)):
+            raise
+
+
+def _s3_drop(filesystem: Any, info: FileInfo) -> None:
+    bucket, key, _ = filesystem.split_path(info.path)
+    condition = f'"{info.version}"'
+    filesystem.call_s3("delete_object", Bucket=bucket, Key=key, IfMatch=condition)
+
+
+def _gs_drop(filesystem: Any, info: FileInfo) -> None:
+    bucket, key, _ = filesystem.split_path(info.path)
+    filesystem.call("DELETE", "b/{}/o/{}", bucket, key, ifGenerationMatch=info.version)
+
+
+def _az_drop(filesystem: Any, info: FileInfo) -> None:
+    # adlfs has no deletion with a condition: the last look is all.
+    filesystem.rm_file(info.path)
+
+
 # ---- control files: change them only if nobody else did ---------------------------------------
 
 
@@ -453,6 +568,15 @@ def read_versioned(path: str) -> tuple[bytes, str] | None:
     info = stat(path)
     data = None if info is None else read(path)
     return None if info is None or data is None else (data, info.version)
+
+
+def version_of(path: str) -> str | None:
+    """The version of a control file that `swap` wants, or None if there is none."""
+    if is_remote(path):
+        info = stat(path)
+        return None if info is None else info.version
+    there = read_versioned(path)
+    return None if there is None else there[1]
 
 
 def create(path: str, data: bytes) -> str:
@@ -476,15 +600,32 @@ def swap(path: str, data: bytes, version: str) -> str:
 def _put(path: str, data: bytes, version: str | None) -> str:
     if not is_remote(path):
         return _local_put(path, data, version)
+    put = {"s3": _s3_put, "gs": _gs_put, "az": _az_put}[EXTRAS[_scheme(path)]]
+
+    def upload(filesystem: Any, path: str, content_type: str) -> str:
+        return put(filesystem, path, data, version, content_type).strip('"')
+
+    return _conditionally(path, version, upload)
+
+
+def _conditionally(path: str, version: str | None, upload: Callable[[Any, str, str], str]) -> str:
+    """Uploads with a condition; gives the new version.
+
+    Args:
+        upload: takes the filesystem, the path and a content type that tells this upload from all
+            others.
+
+    Raises:
+        Conflict: the condition did not hold.
+    """
     scheme = _scheme(path)
     filesystem = _filesystem(scheme)
-    put = {"s3": _s3_put, "gs": _gs_put, "az": _az_put}[EXTRAS[scheme]]
     # If the answer to a request is lost, the library sends it again and meets its own first try:
     # this tells it from anybody else's.
     content_type = f"application/octet-stream; writer={uuid.uuid4().hex}"
     with _upload_errors(path):
         try:
-            return put(filesystem, path, data, version, content_type).strip('"')
+            return upload(filesystem, path, content_type)
         except Exception as error:
             if not _is_conflict(error, version):
                 raise
@@ -495,12 +636,18 @@ def _put(path: str, data: bytes, version: str | None) -> str:
     raise Conflict(f"{path}: somebody else has changed it")
 
 
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """One process at a time; the kernel frees the lock of a process that has died."""
+    with FileLock(target.with_name(f".{target.name}.lock"), timeout=SILENT_SECONDS):
+        yield
+
+
 def _local_put(path: str, data: bytes, version: str | None) -> str:
     target = Path(path)
     with _storage_errors(path, "writing"):
         target.parent.mkdir(parents=True, exist_ok=True)
-        # The kernel frees the lock of a process that has died.
-        with FileLock(target.with_name(f".{target.name}.lock"), timeout=SILENT_SECONDS):
+        with _locked(target):
             there = read_versioned(path)
             if (None if there is None else there[1]) != version:
                 raise Conflict(f"{path}: somebody else has changed it")

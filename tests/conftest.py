@@ -135,7 +135,7 @@ def job(tmp_path: Path, ner_model_dir: Path, monkeypatch: pytest.MonkeyPatch) ->
     ) -> Any:
         done = tag_here(monkeypatch, tagger=tagger, until=units)
         if replay:
-            return replay_job(str(tmp_path / "out"), options), done
+            return replay_job(options.pop("output", str(tmp_path / "out")), options), done
         values = {"input": [str(tmp_path / "in")], "output": str(tmp_path / "out")}
         values |= {"model": str(ner_model_dir), "window_tokens": 64, "overlap_tokens": 16}
         return run_job(ner_config(JobConfig, **{**values, **options})), done

@@ -15,13 +15,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from erniem_batch import ErnieMConfig, ErnieMForTokenClassification, ErnieMTokenizer
+from erniem_batch import ErnieMConfig, ErnieMForTokenClassification, ErnieMTokenizer, storage
 from erniem_batch.config import PredictorConfig
 from erniem_batch.job import run
 from erniem_batch.job.actor import Assignment, Receipt, UnitTagger
 from erniem_batch.job.attempts import Attempt
 from erniem_batch.job.chunks import Chunk
 from erniem_batch.job.config import JobConfig
+from erniem_batch.job.manifest import Fence
 from erniem_batch.job.read import UnitReader, input_schema
 from erniem_batch.job.units import Unit, files_of, find_files, from_table, plan_units, to_table
 from erniem_batch.job.write import COUNTED_SCHEMA
@@ -153,6 +154,30 @@ class Calls:
         return Method
 
 
+class Alone:
+    """Stands for the lease of a folder into which nobody else writes.
+
+    Args:
+        generation: of the lease.
+        taken_over: see `lease.Holder`.
+    """
+
+    def __init__(self, generation: int = 1, taken_over: int = 0) -> None:
+        self.fence = Fence("me", generation)
+        self.taken_over = taken_over
+
+    def check(self) -> None:
+        pass
+
+    def prove(self) -> None:
+        pass
+
+    write = staticmethod(storage.write)
+
+    def remove(self, path: str) -> None:
+        storage.delete([path])
+
+
 class UnitsHere:
     """Stands for `run.tag_units`: this process tags, which saves the start of Ray and its actors.
 
@@ -173,7 +198,7 @@ class UnitsHere:
         self, folder: Any, info: Any, units: Any, assignment: Assignment, lease: Any, *_: Any
     ) -> run.Work:
         run.connect(assignment.config)
-        run.unmark_success(folder.output)
+        run.unmark_success(folder.output, lease)
         of_stream = getattr(run.stream, "keywords", {}).get("tagger", UnitTagger)
         tagger = (self.tagger or of_stream)(assignment, Calls())
         ledger = run.LedgerWriter(folder, info.generation)

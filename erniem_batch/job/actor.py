@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from erniem_batch import storage
 from erniem_batch.config import PredictorConfig
-from erniem_batch.errors import CheckpointError, DeviceError, StorageError, fault_of
+from erniem_batch.errors import CheckpointError, Conflict, DeviceError, StorageError, fault_of
 from erniem_batch.job.attempts import Attempt
 from erniem_batch.job.chunks import BadRow, Chunk, Place
 from erniem_batch.job.config import JobConfig
@@ -25,7 +25,7 @@ from erniem_batch.job.metrics import ActorMetrics
 from erniem_batch.job.read import UnitReader
 from erniem_batch.job.units import Unit
 from erniem_batch.job.watchdog import Watchdog
-from erniem_batch.job.write import Marks, add_predictions, read_marks, write_tables
+from erniem_batch.job.write import Marks, add_predictions, clear, read_marks, write_tables
 from erniem_batch.model.fetch import local_folder, model_digest
 from erniem_batch.predictor import Predictor
 from erniem_batch.records import Failure, Outcome, Prediction, Record
@@ -58,6 +58,8 @@ class Receipt:
         output_bytes: size of the output file.
         found: whether it was done already.
         findings: what was found in it, counted, see `Findings`.
+        dead_letters: file of its dead letters, in the output folder; empty: there are none, or
+            it has the name that older releases gave.
     """
 
     unit_id: str
@@ -75,6 +77,7 @@ class Receipt:
     seconds: float = 0.0
     found: bool = False
     findings: str = ""
+    dead_letters: str = ""
 
 
 _ARROW_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
@@ -89,7 +92,16 @@ def receipt_of_file(output: str, name: str, unit_id: str, fingerprint: str) -> R
     info = storage.stat(storage.join(output, name)) if marks is not None else None
     if marks is None or info is None or (marks.unit, marks.fingerprint) != (unit_id, fingerprint):
         return None
-    found = Receipt(unit_id, name, output_bytes=info.size, found=True, findings=marks.findings)
+    if marks.letters and storage.stat(storage.join(output, marks.letters)) is None:
+        return None
+    found = Receipt(
+        unit_id,
+        name,
+        output_bytes=info.size,
+        found=True,
+        findings=marks.findings,
+        dead_letters=marks.letters,
+    )
     return replace(found, **marks.counts)  # type: ignore[arg-type]
 
 
@@ -178,8 +190,14 @@ class UnitTagger:
             attempt = Attempt.next(self._run.output, unit.id)
             with self._turns.taken(alone=attempt.row_by_row), self._watchdog.watching(unit.id):
                 attempt.begin()
+                clear(self._run.output, name)
                 try:
                     return self._work(unit, name, attempt)
+                except Conflict:  # another attempt was faster: its output is the one that counts
+                    done = receipt_of_file(self._run.output, name, unit.id, self._run.fingerprint)
+                    if done is None:
+                        raise
+                    return done
                 except DeviceError:
                     # Nothing but a new process gets the device back; the attempt stays on record.
                     logger.exception("ending the process unit=%s", unit.id)
@@ -197,12 +215,18 @@ class UnitTagger:
         config = run.config
         reader = UnitReader.of_job(config, unit, run.schema)
         tally = _Tally(self._predictor.task)
+        letters = letters_name(unit.output, uuid.uuid4().hex[:8])
         n_written, n_bytes = write_tables(
             run.output,
             name,
-            self._tables(reader, tally, attempt),
+            self._tables(reader, tally, attempt, letters),
             lambda: Marks(
-                unit.id, run.fingerprint, _source(unit), tally.counts(), findings=tally.findings()
+                unit.id,
+                run.fingerprint,
+                _source(unit),
+                tally.counts(),
+                findings=tally.findings(),
+                letters=letters if tally.bad else "",
             ),
         )
         if n_written != tally.n_ok:
@@ -214,11 +238,14 @@ class UnitTagger:
             output_bytes=n_bytes,
             seconds=time.perf_counter() - started,
             findings=tally.findings(),
+            dead_letters=letters if tally.bad else "",
         )
         self._metrics.unit_done(unit.id, receipt.seconds, reader.n_bytes)
         return replace(receipt, **tally.counts())  # type: ignore[arg-type]
 
-    def _tables(self, reader: UnitReader, tally: "_Tally", attempt: Attempt) -> Iterator[pa.Table]:
+    def _tables(
+        self, reader: UnitReader, tally: "_Tally", attempt: Attempt, letters: str
+    ) -> Iterator[pa.Table]:
         unit = reader.unit
         chunks = self._chunks(reader, attempt)
         self._tell(unit, tally, 0.0)
@@ -236,9 +263,9 @@ class UnitTagger:
         self._tell(unit, tally, 1.0, done=True)
         # The dead letters before the data becomes visible.
         if tally.bad:
-            write_letters(self._run.output, unit, tally.bad, attempt.number, self._run.model_digest)
-        elif attempt.number > 1:  # those of a try that died
-            storage.delete([storage.join(self._run.output, letters_name(unit.output))])
+            write_letters(
+                self._run.output, letters, unit, tally.bad, attempt.number, self._run.model_digest
+            )
 
     def _tell(self, unit: Unit, tally: "_Tally", share: float, done: bool = False) -> None:
         """How far a unit is."""

@@ -6,10 +6,12 @@ unit is worked on row by row, and the record names the row; a third death convic
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Self
 
 from erniem_batch import storage
+from erniem_batch.storage import FileInfo
 
 ATTEMPTS = "_run/attempts"
 DEATHS_TOGETHER = 2  # deaths before a unit is worked on row by row
@@ -92,6 +94,6 @@ def n_repeated(output: str) -> int:
     return sum(1 for data in records if data is not None and json.loads(data)["number"] > 1)
 
 
-def forget(output: str) -> None:
-    """Removes all records: their processes were stopped, or are long done."""
-    storage.delete([info.path for info in storage.find(f"{output}/{ATTEMPTS}")])
+def records(output: str) -> Iterator[FileInfo]:
+    """Files of all records."""
+    return storage.find(f"{output}/{ATTEMPTS}")

@@ -34,6 +34,7 @@ from erniem_batch.job.manifest import (
     read_manifest,
 )
 from erniem_batch.job.rundir import LOOKING_THREADS, RunFolder
+from erniem_batch.storage import FileInfo
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,7 @@ def compact(
     ):
         files = _complete(output, source)
         before = _earlier_files(to, target)
+        lease.prove()  # so that none of them is of a later compaction
         schema = common_schema(source, files, partition_by)
         writer = _Writer(target, schema, partition_by, target_mb << 20)
         logged = time.monotonic()
@@ -113,12 +115,10 @@ def compact(
                 logged = time.monotonic()
                 logger.info("compacting files=%d/%d", number, len(files))
         entries = writer.close()
-        manifest = Manifest(1, "", entries, [])
-        lease.check()  # another compaction may have removed these files, if this one stood still
-        publish(target, manifest)
-        storage.delete(storage.join(target, name) for name in before - manifest.names)
-        storage.delete(storage.unfinished(target))
-        mark_success(target, manifest)
+        unfinished = list(storage.unfinished(target))
+        published = publish(target, Manifest(1, "", entries, []), lease)
+        storage.remove([*before, *unfinished])
+        mark_success(target, published, lease)
     return Compaction(
         target,
         sum(entry.n_rows for entry in entries),
@@ -193,7 +193,7 @@ def _tables(path: str, schema: pa.Schema) -> Iterator[pa.Table]:
             ).select(schema.names)
 
 
-def _earlier_files(to: str, target: str) -> set[str]:
+def _earlier_files(to: str, target: str) -> list[FileInfo]:
     """Files of earlier compactions, killed ones included.
 
     Raises:
@@ -202,15 +202,16 @@ def _earlier_files(to: str, target: str) -> set[str]:
     if RunFolder(target).read_info() is not None:
         raise ConfigError(f"--to {to} holds a run of its own: choose another folder")
     start = len(target) + 1
-    names = {info.path[start:] for info in storage.find(target)}
-    names = {name for name in names if not re.search(r"(^|/)[_.]", name)}
-    foreign = sorted(name for name in names if not OURS.search(name))
+    files = [
+        info for info in storage.find(target) if not re.search(r"(^|/)[_.]", info.path[start:])
+    ]
+    foreign = sorted(info.path[start:] for info in files if not OURS.search(info.path))
     if foreign:
         raise ConfigError(
             f"--to {to} holds {len(foreign)} files that no compaction made, such as {foreign[0]}: "
             f"choose another folder"
         )
-    return names
+    return files
 
 
 class _Writer:

@@ -3,15 +3,23 @@
 from collections.abc import Callable, Iterator
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from erniem_batch import storage
 from erniem_batch.job import attempts
 from erniem_batch.job.lease import Lease
 from erniem_batch.job.letters import DEAD_LETTERS
-from erniem_batch.job.manifest import Manifest, mark_success, publish, unmark_success
+from erniem_batch.job.manifest import (
+    Manifest,
+    mark_success,
+    publish,
+    read_manifest,
+    unmark_success,
+)
 from erniem_batch.job.report import RunReport, manifest_of, verify
 from erniem_batch.job.rundir import RunFolder, RunInfo, State
-from erniem_batch.job.write import sidecar
+from erniem_batch.job.write import SIDECARS
+from erniem_batch.storage import FileInfo
 
 
 def finish(
@@ -27,39 +35,61 @@ def finish(
 
     Args:
         write_report: called when the files stand, before the word.
+
+    Raises:
+        JobError: another run has taken over.
     """
-    if not report.n_missing:
-        verify(state)
-        lease.check()
-        manifest = manifest_of(state, info)
-        if report.exit_code:
-            unmark_success(folder.output)
-        gone = publish(folder.output, manifest)
-        storage.delete(_superseded(folder, info, plan, manifest, gone))
-        folder.forget_older(info.generation)
-        attempts.forget(folder.output)
+    if report.n_missing:
+        write_report()
+        return
+    verify(state)
+    manifest = manifest_of(state, info)
+    superseded = list(_superseded(folder, info, plan, manifest))
+    records = [*folder.of_older_generations(info.generation), *attempts.records(folder.output)]
+    lease.prove()  # so that nothing listed above is of a later run
+    if report.exit_code:
+        unmark_success(folder.output, lease)
+    published = publish(folder.output, manifest, lease)
+    storage.remove(superseded)
+    storage.remove(records)  # they tell of superseded files, so they go last
     write_report()
     if not report.exit_code:
-        mark_success(folder.output, manifest)
+        mark_success(folder.output, published, lease)
 
 
 def _superseded(
-    folder: RunFolder, info: RunInfo, plan: pa.Table, manifest: Manifest, gone: set[str]
-) -> Iterator[str]:
-    """Paths of what only older manifests, abandoned plans or runs that were killed have left."""
-    output, names = folder.output, manifest.names
-    old = set(gone)
+    folder: RunFolder, info: RunInfo, plan: pa.Table, manifest: Manifest
+) -> Iterator[FileInfo]:
+    """What only older manifests, abandoned plans or runs that were killed have left."""
+    names = manifest.names
+    before = read_manifest(folder.output)
     outputs = folder.older_outputs(info.generation)
     if len(plan) != len(manifest.files):  # something was planned that does not count any more
         outputs += plan["output"].to_pylist()
-    if outputs:
-        listed = set(folder.listing()["file"].to_pylist())
-        planned = {f"{name}.{suffix}" for name in outputs for suffix in ("parquet", "jsonl")}
-        old |= (planned & listed) - names
-    letters = (info.path[len(output) + 1 :] for info in storage.find(f"{output}/{DEAD_LETTERS}"))
-    old |= {name for name in letters if name.endswith(".parquet")} - names
-    for name in old:
-        yield storage.join(output, name)
-        if name.endswith(".jsonl"):
-            yield sidecar(output, name)
-    yield from storage.unfinished(output)
+    old = {f"{output}.{suffix}" for output in outputs for suffix in ("parquet", "jsonl")}
+    old = (old | (before.names if before else set())) - names
+    yield from _listed(folder.output, folder.listing(), old)
+    yield from _below(folder.output, SIDECARS, lambda name: name.removesuffix(".json") in old)
+    yield from _below(
+        folder.output,
+        DEAD_LETTERS,
+        lambda name: name.endswith(".parquet") and f"{DEAD_LETTERS}/{name}" not in names,
+    )
+    yield from storage.unfinished(folder.output)
+
+
+def _listed(output: str, listing: pa.Table, wanted: set[str]) -> Iterator[FileInfo]:
+    """Files of a listing that have one of these names."""
+    if not wanted:
+        return
+    mask = pc.is_in(listing["file"], value_set=pa.array(list(wanted), pa.string()))
+    for row in listing.filter(mask).to_pylist():
+        yield FileInfo(storage.join(output, row["file"]), row["size"], row["version"])
+
+
+def _below(output: str, folder: str, wanted: Callable[[str], bool]) -> Iterator[FileInfo]:
+    """Files of a folder inside the output whose names, relative to that folder, are wanted."""
+    start = len(output) + len(folder) + 2
+    for info in storage.find(f"{output}/{folder}"):
+        if wanted(info.path[start:]):
+            yield info

@@ -174,7 +174,7 @@ def forecast(config: JobConfig, flags: PlanFlags) -> Forecast:
     model = local_folder(config.model, config.task)
     info = run_info(folder, config, found, model, model_digest(model))
     state = folder.assess(
-        current_units(plan_run(folder, config, info, found, dry=True)), info, dry=True
+        current_units(plan_run(folder, config, info, found, None)), info, dry=True
     )
     pool = local_pool(config, os.cpu_count() or 1)
     started = time.monotonic()

@@ -6,6 +6,7 @@ when the input is gone.
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -45,17 +46,30 @@ LETTER_SCHEMA = pa.schema(
 )
 
 
-def letters_name(output: str) -> str:
-    """Where the dead letters of an output are, in the output folder."""
-    return f"{DEAD_LETTERS}/{output}.parquet"
+def letters_name(output: str, attempt: str = "") -> str:
+    """Where the dead letters of an output are, in the output folder.
+
+    Args:
+        attempt: a name that no other attempt at the unit has: two attempts may differ in their
+            dead letters, and those of the attempt whose output counts must stay. Empty: the name
+            that older releases gave.
+    """
+    return f"{DEAD_LETTERS}/{output}{f'.try-{attempt}' if attempt else ''}.parquet"
+
+
+def output_of_letters(name: str) -> str:
+    """The output that a file of dead letters belongs to, both without suffix."""
+    stem = name[len(DEAD_LETTERS) + 1 :].removesuffix(".parquet")
+    return re.sub(r"\.try-[0-9a-f]{8}$", "", stem)
 
 
 def write_letters(
-    folder: str, unit: Unit, bad: Sequence[BadRow], attempts: int, model: str
+    folder: str, name: str, unit: Unit, bad: Sequence[BadRow], attempts: int, model: str
 ) -> None:
     """The dead letters of a unit, in the order of the input.
 
     Args:
+        name: of the file, in the folder.
         attempts: how often the unit has been worked on, this time included.
         model: digest of the model.
     """
@@ -85,7 +99,7 @@ def write_letters(
     whole = _whole_rows(unit, bad)
     if whole is not None:
         table = table.append_column("row", whole)
-    storage.write_table(storage.join(folder, letters_name(unit.output)), table)
+    storage.write_table(storage.join(folder, name), table)
 
 
 def _or_last(number: int | None) -> float:

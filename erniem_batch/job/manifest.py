@@ -7,11 +7,12 @@ there never sees half of a night.
 import hashlib
 import io
 import json
-from dataclasses import dataclass
-from typing import Any
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
 
 from erniem_batch import storage
-from erniem_batch.errors import JobError
+from erniem_batch.errors import Conflict, JobError
 
 MANIFEST = "_manifest.json"
 SUCCESS = "_SUCCESS"
@@ -33,21 +34,48 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
+class Fence:
+    """Who published a manifest: the owner of the lease, and its generation."""
+
+    owner: str = ""
+    generation: int = 0
+
+
+class Owner(Protocol):
+    """The lease of an output folder, see `lease.Lease`."""
+
+    @property
+    def fence(self) -> Fence: ...
+    @property
+    def taken_over(self) -> int: ...
+    def prove(self) -> None: ...
+    def write(self, path: str, data: bytes) -> None: ...
+    def remove(self, path: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """The content of a manifest.
 
     Attributes:
         generation: raised by every --overwrite.
+        lease: who published it.
     """
 
     generation: int
     fingerprint: str
     files: list[Entry]
     dead_letters: list[Entry]
+    lease: Fence = Fence()
 
     def encode(self) -> bytes:
         """As JSON, one file a line."""
-        head = {"format": FORMAT, "generation": self.generation, "fingerprint": self.fingerprint}
+        head = {
+            "format": FORMAT,
+            "generation": self.generation,
+            "fingerprint": self.fingerprint,
+            "lease": asdict(self.lease),
+        }
         text = io.BytesIO()
         text.write(json.dumps(head)[:-1].encode())
         for name in ("files", "dead_letters"):
@@ -76,7 +104,14 @@ def _decode(data: bytes) -> Manifest:
     entries = {
         name: [Entry(**entry) for entry in values[name]] for name in ("files", "dead_letters")
     }
-    return Manifest(values["generation"], values["fingerprint"], **entries)
+    lease = Fence(**values.get("lease", {}))
+    return Manifest(values["generation"], values["fingerprint"], **entries, lease=lease)
+
+
+def published_generation(output: str) -> int:
+    """Generation of the lease under which the manifest was published; 0: none, or unknown."""
+    manifest = read_manifest(output)
+    return 0 if manifest is None else manifest.lease.generation
 
 
 def result_files(output: str) -> list[str]:
@@ -92,31 +127,64 @@ def result_files(output: str) -> list[str]:
     return [storage.join(folder, entry.name) for entry in manifest.files]
 
 
-def publish(output: str, manifest: Manifest) -> set[str]:
-    """Makes a manifest the valid one; gives the names that only the one before had.
+def publish(output: str, manifest: Manifest, owner: Owner) -> bytes:
+    """Makes a manifest the valid one, unless a later run has published or taken over.
+
+    One that names the same files stays as it is, unless the lease was taken from a run that may
+    still wake up and publish: a new version of the file is what stops it.
+
+    Returns:
+        The content of the valid manifest.
 
     Raises:
-        Conflict: another run has published meanwhile.
+        JobError: another run has taken over.
     """
     path = storage.join(output, MANIFEST)
-    data = manifest.encode()
-    there = storage.read_versioned(path)
-    if there is None:
-        storage.create(path, data)
-        return set()
-    if there[0] != data:
-        unmark_success(output)  # it spoke of the one before
-        storage.swap(path, data, there[1])
-    return _decode(there[0]).names - manifest.names
+    manifest = replace(manifest, lease=owner.fence)
+    while True:
+        there = storage.read_versioned(path)
+        owner.prove()
+        if there is not None:
+            before = _decode(there[0])
+            if before.lease.generation > owner.fence.generation:
+                raise JobError(f"{path}: a later run has published its results")
+            if before.lease.generation >= owner.taken_over and _same_files(before, manifest):
+                return there[0]
+            unmark_success(output, owner)  # it spoke of the one before
+        # A Conflict is the late write of a run before this one, or we have lost the lease.
+        data = manifest.encode()
+        with suppress(Conflict):
+            if there is None:
+                storage.create(path, data)
+            else:
+                storage.swap(path, data, there[1])
+            return data
 
 
-def mark_success(output: str, manifest: Manifest) -> None:
-    """Says that the manifest is the outcome of a complete run."""
-    digest = hashlib.sha256(manifest.encode()).hexdigest()
+def _same_files(one: Manifest, other: Manifest) -> bool:
+    return replace(one, lease=other.lease) == other
+
+
+def mark_success(output: str, manifest: bytes, owner: Owner) -> None:
+    """Says that the manifest is the outcome of a complete run.
+
+    Args:
+        manifest: its content, as `publish` returned it.
+
+    Raises:
+        JobError: another run has taken over.
+    """
+    digest = hashlib.sha256(manifest).hexdigest()
     text = json.dumps({"manifest_sha256": digest})
-    storage.write(storage.join(output, SUCCESS), text.encode())
+    path = storage.join(output, SUCCESS)
+    if storage.read(path) != text.encode():
+        owner.write(path, text.encode())
 
 
-def unmark_success(output: str) -> None:
-    """Takes the word back, before anything changes."""
-    storage.delete([storage.join(output, SUCCESS)])
+def unmark_success(output: str, owner: Owner) -> None:
+    """Takes the word back, before anything changes.
+
+    Raises:
+        JobError: another run has taken over.
+    """
+    owner.remove(storage.join(output, SUCCESS))

@@ -2,16 +2,18 @@
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from erniem_batch.errors import ConfigError
+from erniem_batch.errors import ConfigError, Conflict
 from erniem_batch.job.config import JobConfig
-from erniem_batch.job.letters import DEAD_LETTERS
+from erniem_batch.job.lease import Lease
+from erniem_batch.job.letters import output_of_letters
 from erniem_batch.job.manifest import read_manifest
 from erniem_batch.job.read import input_schema
 from erniem_batch.job.rundir import (
@@ -40,16 +42,22 @@ logger = logging.getLogger(__name__)
 
 
 def open_run(
-    folder: RunFolder, config: JobConfig, found: pa.Table | None, model: Path, digest: str
+    folder: RunFolder,
+    config: JobConfig,
+    found: pa.Table | None,
+    model: Path,
+    digest: str,
+    lease: Lease,
 ) -> RunInfo:
     """The run to go on with, or a new one, which is written down.
 
     Raises:
         ConfigError: the folder holds results of other settings.
+        JobError: another run has taken over.
     """
     info = run_info(folder, config, found, model, digest)
     if info != folder.read_info():
-        folder.write_info(info)
+        folder.write_info(info, lease)
     return info
 
 
@@ -103,27 +111,35 @@ def plan_run(
     config: JobConfig,
     info: RunInfo,
     found: pa.Table | None,
-    *,
-    dry: bool = False,
+    lease: Lease | None,
 ) -> pa.Table:
     """The plan, with what is new: files, or without files the dead letters to work on again.
 
     Args:
-        dry: what is new is not written down.
+        lease: None: what is new is not written down.
+
+    Raises:
+        JobError: another run has taken over.
     """
-    plan = folder.read_plan(info.generation)
-    edition = folder.next_edition()
-    if found is None:
-        units = to_table(replay_units(folder, plan))
-        # Those of a replay that was interrupted are planned already.
-        units = units.filter(pc.invert(pc.is_in(units["id"], plan["id"].combine_chunks())))
-    else:
-        units = _new_units(folder, config, info, found, plan, edition)
-    if not len(units):
-        return plan
-    if dry:
-        return pa.concat_tables([plan, with_edition(units, edition)])
-    return pa.concat_tables([plan, folder.add_to_plan(info.generation, edition, units)])
+    while True:
+        plan = folder.read_plan(info.generation)
+        edition = folder.next_edition()
+        if found is None:
+            units = to_table(replay_units(folder, info.generation, plan))
+        else:
+            units, edition = _new_units(folder, config, info, found, plan, edition)
+        if not len(units):
+            return plan
+        if lease is None:
+            return pa.concat_tables([plan, with_edition(units, edition)])
+        lease.check()
+        try:
+            planned = folder.add_to_plan(info.generation, edition, units)
+        except Conflict:  # a run before this one has planned late, or we have lost the lease
+            lease.prove()
+            continue
+        lease.prove()
+        return pa.concat_tables([plan, planned])
 
 
 def _new_units(
@@ -133,41 +149,64 @@ def _new_units(
     found: pa.Table,
     plan: pa.Table,
     edition: int,
-) -> pa.Table:
-    """Units of new and changed files. Names that are in use get the number of the edition."""
+) -> tuple[pa.Table, int]:
+    """Units of new and changed files, and the edition of the plan that they are.
+
+    A name that was used before is never used again, in no generation: outputs of changed files end
+    with the number of the edition.
+    """
     new = changed_files(found, current_units(plan))
     if not len(new):
-        return UNIT_SCHEMA.empty_table()
+        return UNIT_SCHEMA.empty_table(), edition
     logger.info("planning files=%d", len(new))
-    known = new["path"].filter(pc.is_in(new["path"], plan["path"].combine_chunks()))
-    if info.generation > 1:
-        known = new["path"]
-    units = _plan_files(config, plan, new, known, edition)
-    taken = units.filter(pc.is_in(units["output"], plan["output"].combine_chunks()))["path"]
-    if len(taken):  # a.jsonl of yesterday is a.jsonl.gz today
-        both = pa.chunked_array([*known.chunks, *taken.chunks], pa.string())
-        units = _plan_files(config, plan, new, both, edition)
-    require_unique(pa.concat_tables([units, plan.select(units.column_names)]))
-    if not len(plan) and info.generation == 1:
-        _require_no_foreign_files(folder, units)
-    return units
-
-
-def _plan_files(
-    config: JobConfig, plan: pa.Table, files: pa.Table, numbered: pa.ChunkedArray, edition: int
-) -> pa.Table:
-    """Units of files; outputs of the numbered ones end with the edition."""
     limit = None
     if config.limit is not None:
         limit = config.limit - (pc.sum(plan["max_rows"]).as_py() or 0)
-    in_use = pc.is_in(files["path"], numbered.combine_chunks())
-    tables = []
-    for mask, suffix in ((pc.invert(in_use), ""), (in_use, f".{edition}")):
-        some = files_of(files.filter(mask))
-        units = to_table(plan_units(some, config.bytes_per_unit, config.text_column, limit, suffix))
-        limit = None if limit is None else limit - (pc.sum(units["max_rows"]).as_py() or 0)
-        tables.append(units)
-    return pa.concat_tables(tables)
+    units = to_table(plan_units(files_of(new), config.bytes_per_unit, config.text_column, limit))
+    require_unique(units)
+    if not len(plan) and info.generation == 1:
+        _require_no_foreign_files(folder, units)
+        return units, edition
+    taken = _names_in_use(folder, info.generation, plan)
+    known = pc.is_in(units["path"], value_set=_flat(plan["path"]))
+    in_use = pc.is_in(units["output"], value_set=taken)  # a.jsonl of yesterday is a.jsonl.gz today
+    paths = units["path"].filter(pc.or_(known, in_use))
+    numbered = pc.is_in(units["path"], value_set=_flat(paths))
+    if info.generation > 1:
+        numbered = pc.is_valid(units["path"])
+    return _with_numbers(units, numbered, taken, edition)
+
+
+def _with_numbers(
+    units: pa.Table, numbered: pa.ChunkedArray, taken: pa.Array, edition: int
+) -> tuple[pa.Table, int]:
+    """Units of which the numbered ones write outputs that end with the edition, or a later one if
+    an input has a name of that form."""
+    plain = _flat(units["output"])
+    others = pa.concat_arrays([taken, plain.filter(pc.invert(_flat(numbered)))])
+    while True:
+        suffixed = pc.binary_join_element_wise(plain, pa.scalar(str(edition)), ".")
+        if not pc.any(pc.is_in(suffixed.filter(_flat(numbered)), value_set=others)).as_py():
+            break
+        edition += 1
+    outputs = pc.if_else(_flat(numbered), suffixed, plain)
+    place = units.schema.get_field_index("output")
+    return units.set_column(place, units.schema.field(place), outputs), edition
+
+
+def _names_in_use(folder: RunFolder, generation: int, plan: pa.Table) -> pa.Array:
+    """Output names of all plans and files in the folder.
+
+    Args:
+        plan: of this generation.
+    """
+    listed = pc.replace_substring_regex(folder.listing()["file"], r"\.(parquet|jsonl)$", "")
+    older = pa.array(folder.older_outputs(generation), pa.string())
+    return pa.concat_arrays([_flat(listed), _flat(plan["output"]), older]).unique()
+
+
+def _flat(column: pa.ChunkedArray) -> pa.Array:
+    return column.combine_chunks()
 
 
 def _require_no_foreign_files(folder: RunFolder, units: pa.Table) -> None:
@@ -181,26 +220,33 @@ def _require_no_foreign_files(folder: RunFolder, units: pa.Table) -> None:
         )
 
 
-def replay_units(folder: RunFolder, plan: pa.Table) -> Iterator[Unit]:
-    """A unit for every file of dead letters that the manifest names."""
+def replay_units(folder: RunFolder, generation: int, plan: pa.Table) -> Iterator[Unit]:
+    """A unit for every file of dead letters that the manifest names and no replay has planned."""
     manifest = read_manifest(folder.output)
-    entries = manifest.dead_letters if manifest is not None else []
-    stems = {
-        entry.name[len(DEAD_LETTERS) + 1 :].removesuffix(".parquet"): entry for entry in entries
-    }
-    mine = pc.is_in(plan["output"], pa.array(list(stems), pa.string()))
-    for unit in from_table(plan.filter(mine)):
-        letters = stems[unit.output].name
-        last = re.search(r"\.replay-(\d+)$", unit.output)
-        root = unit.output[: last.start()] if last else unit.output
-        output = f"{root}.replay-{int(last[1]) + 1 if last else 1}"
+    names = pa.array([e.name for e in manifest.dead_letters] if manifest else [], pa.string())
+    names = names.filter(pc.invert(pc.is_in(names, value_set=_flat(plan["letters"]))))
+    letters = {output_of_letters(name): name for name in names.to_pylist()}
+    mine = plan.filter(pc.is_in(plan["output"], pa.array(list(letters), pa.string())))
+    if not len(mine):
+        return
+    taken = set(_names_in_use(folder, generation, plan).to_pylist())
+    for unit in from_table(mine):
+        output = _replay_name(unit, taken)
+        taken.add(output)
         yield Unit(
             id=unit_id(f"{unit.id}|{output}"),
             path=unit.path,
             format=unit.format,
             output=output,
             version=unit.version,
-            letters=letters,
+            letters=letters[unit.output],
             retires=unit.output,
             n_bytes=unit.n_bytes,
         )
+
+
+def _replay_name(unit: Unit, taken: Container[str]) -> str:
+    """A name that no other output and no input has: x.replay-1, x.replay-2, …"""
+    root = re.sub(r"\.replay-\d+$", "", unit.output) if unit.letters else unit.output
+    numbers = (f"{root}.replay-{number}" for number in count(1))
+    return next(name for name in numbers if name not in taken)

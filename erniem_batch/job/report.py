@@ -138,7 +138,12 @@ def manifest_of(state: State, info: RunInfo) -> Manifest:
     done = state.done
     standing = _standing(done)
     dead = standing.filter(pc.greater(standing["n_dead"], 0))
-    names = (letters_name(output.rpartition(".")[0]) for output in dead["output"].to_pylist())
+    names = (
+        name or letters_name(output.rpartition(".")[0])
+        for output, name in zip(
+            dead["output"].to_pylist(), dead["dead_letters"].to_pylist(), strict=True
+        )
+    )
     return Manifest(
         generation=info.generation,
         fingerprint=info.fingerprint,

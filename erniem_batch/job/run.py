@@ -158,11 +158,11 @@ def _go_on(
     with _preflight():
         comparison = Comparison.of(config, folder)
         if lease.last_ended == STOPPED:
-            attempts.forget(folder.output)
-        info = open_run(folder, config, found, model, digest)
+            _forget_attempts(folder, lease)
+        info = open_run(folder, config, found, model, digest, lease)
         if (tokens := info.settings["max-batch-tokens"]) != FOUND:
             config = replace(config, max_batch_tokens=tokens)
-        plan = plan_run(folder, config, info, found)
+        plan = plan_run(folder, config, info, found, lease)
         units = current_units(plan)
         removed = removed_files(found, units) if found is not None else []
         del found  # as large as the plan
@@ -198,10 +198,17 @@ def _go_on(
         values = details(
             config, info, state, report, comparison, work.figures, work.timeline, forecast
         )
-        folder.write_report(values, _page(config, folder.output, state, values))
+        folder.write_report(values, _page(config, folder.output, state, values), lease)
 
     finish(folder, info, plan, state, report, lease, write_report)
     return report
+
+
+def _forget_attempts(folder: RunFolder, lease: Lease) -> None:
+    """Removes the records of attempts that a stop has ended, since nothing died in them."""
+    records = list(attempts.records(folder.output))
+    lease.prove()  # so that none is of a later run
+    storage.remove(records)
 
 
 def _page(config: JobConfig, output: str, state: State, values: dict[str, Any]) -> str:
@@ -281,7 +288,7 @@ def tag_units(
     receipts: list[Receipt] = []
     try:
         pool = find_pool(config, own_cluster)
-        unmark_success(folder.output)
+        unmark_success(folder.output, lease)
         working = time.monotonic()
         counter = start_counter()
         assignment = replace(assignment, predictor=pool.predictor(config))

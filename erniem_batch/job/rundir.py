@@ -32,6 +32,7 @@ from erniem_batch.errors import ConfigError, StorageError
 from erniem_batch.job.actor import RECEIPT_SCHEMA, Receipt, receipt_of_file
 from erniem_batch.job.findings import LETTER, SUM_SCHEMA, capped, findings_table, summed
 from erniem_batch.job.findings import UNIT_SCHEMA as FINDINGS_SCHEMA
+from erniem_batch.job.lease import Lease
 from erniem_batch.job.units import BATCH, UNIT_SCHEMA
 from erniem_batch.storage import FileInfo
 
@@ -46,7 +47,7 @@ SUMMED_ROWS = 2_000_000  # of findings in memory, before they are added up
 PLAN_SCHEMA = UNIT_SCHEMA.append(pa.field("edition", pa.int64()))
 # Columns of the plan beside those of the receipts, for units that are done.
 PLANNED = ("max_rows", "planned_rows", "retires", "letters")
-LISTING_SCHEMA = pa.schema([("file", pa.string()), ("size", pa.int64())])
+LISTING_SCHEMA = pa.schema([("file", pa.string()), ("size", pa.int64()), ("version", pa.string())])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +105,10 @@ class RunFolder:
         data = storage.read(f"{self._folder}/run.json")
         return None if data is None else RunInfo(**json.loads(data))
 
-    def write_info(self, info: RunInfo) -> None:
+    def write_info(self, info: RunInfo, lease: Lease) -> None:
         # Not sorted: a schema is asked in its own order.
         text = json.dumps(asdict(info), indent=1, default=str)
-        storage.write(f"{self._folder}/run.json", text.encode())
+        lease.write(f"{self._folder}/run.json", text.encode())
 
     # ---- forecast and report ------------------------------------------------------------------
 
@@ -121,10 +122,10 @@ class RunFolder:
     def read_report(self) -> dict[str, Any] | None:
         return self._read_json("report.json")
 
-    def write_report(self, values: Mapping[str, Any], page: str) -> None:
+    def write_report(self, values: Mapping[str, Any], page: str, lease: Lease) -> None:
         """report.json, and the same for people."""
-        storage.write(f"{self._folder}/report.html", page.encode())
-        storage.write(f"{self._folder}/report.json", json.dumps(values).encode() + b"\n")
+        lease.write(f"{self._folder}/report.html", page.encode())
+        lease.write(f"{self._folder}/report.json", json.dumps(values).encode() + b"\n")
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
         data = storage.read(f"{self._folder}/{name}")
@@ -138,12 +139,19 @@ class RunFolder:
 
     def next_edition(self) -> int:
         """Number of the next segment of the plan, over all generations."""
-        names = [path.rpartition("-")[2] for path in self._list("plan")]
+        names = [info.path.rpartition("-")[2] for info in self._list("plan")]
         return 1 + max((int(name.removesuffix(".parquet")) for name in names), default=0)
 
     def add_to_plan(self, generation: int, edition: int, units: pa.Table) -> pa.Table:
+        """Writes a segment of the plan, and never over another one.
+
+        Raises:
+            Conflict: there is one of this generation and edition.
+        """
         table = with_edition(units, edition)
-        storage.write_table(f"{self._folder}/plan/{generation:03d}-{edition:05d}.parquet", table)
+        path = f"{self._folder}/plan/{generation:03d}-{edition:05d}.parquet"
+        with storage.new_file(path, exclusive=True) as file:
+            pq.write_table(table, file, compression="zstd")
         return table
 
     def older_outputs(self, generation: int) -> list[str]:
@@ -151,10 +159,18 @@ class RunFolder:
         paths = self._older("plan", generation)
         return [str(name) for name in _concat(paths, PLAN_SCHEMA)["output"].to_pylist()]
 
-    def forget_older(self, generation: int) -> None:
-        """Removes plan and ledger of generations of which nothing is left."""
-        for kind in ("plan", "ledger", "findings"):
-            storage.delete(self._older(kind, generation))
+    def of_older_generations(self, generation: int) -> Iterator[FileInfo]:
+        """Plan, ledger and findings of generations before this one.
+
+        Not the plan of the last one: an actor that wakes up late may still write an output of it,
+        which the next run knows by its name.
+        """
+        for kind in ("plan", "ledger", "findings") if generation > 1 else ():
+            older = [info for info in self._list(kind) if _generation(info.path) < generation]
+            last = max((_generation(info.path) for info in older), default=0)
+            for info in older:
+                if kind != "plan" or _generation(info.path) < last:
+                    yield info
 
     # ---- ledger -------------------------------------------------------------------------------
 
@@ -236,17 +252,19 @@ class RunFolder:
         raise StorageError(f"{self._folder}/{kind}: changes faster than it can be read")
 
     def _segments(self, kind: str, generation: int) -> list[str]:
-        return sorted(path for path in self._list(kind) if _generation(path) == generation)
+        paths = (info.path for info in self._list(kind))
+        return sorted(path for path in paths if _generation(path) == generation)
 
     def _older(self, kind: str, generation: int) -> list[str]:
         if generation == 1:
             return []
-        return sorted(path for path in self._list(kind) if _generation(path) < generation)
+        paths = (info.path for info in self._list(kind))
+        return sorted(path for path in paths if _generation(path) < generation)
 
-    def _list(self, kind: str) -> Iterator[str]:
+    def _list(self, kind: str) -> Iterator[FileInfo]:
         for info in storage.find(f"{self._folder}/{kind}"):
-            if info.path.endswith(".parquet") and "/." not in info.path:
-                yield info.path
+            if info.path.endswith(".parquet") and "/." not in info.path[len(self._folder) :]:
+                yield info
 
     def last_receipts(self, generation: int, seconds: float) -> tuple[pa.Table, float]:
         """Receipts that were written down in the last while, and the time they took.
@@ -362,7 +380,7 @@ def listing_table(output: str, infos: Iterator[FileInfo]) -> pa.Table:
     start = len(output) + 1
     while some := list(islice(infos, BATCH)):
         data = [
-            {"file": name, "size": info.size}
+            {"file": name, "size": info.size, "version": info.version}
             for info in some
             if "/_" not in f"/{(name := info.path[start:])}" and "/." not in f"/{name}"
         ]

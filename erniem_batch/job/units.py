@@ -230,14 +230,10 @@ def plan_units(
     unit_bytes: int,
     text_column: str,
     limit: int | None = None,
-    suffix: str = "",
 ) -> Iterator[Unit]:
     """Units of about `unit_bytes`, in the order of the files.
 
     A file whose footer cannot be read becomes one unit: its reader will find out why.
-
-    Args:
-        suffix: at the end of every output name, for files whose plain name is in use.
 
     Raises:
         StorageError: a file cannot be opened.
@@ -245,7 +241,7 @@ def plan_units(
     units = (
         unit
         for file, slices in _sliced(files, unit_bytes, text_column)
-        for unit in _named(file, slices, suffix)
+        for unit in _named(file, slices)
     )
     return units if limit is None else _limited(units, limit)
 
@@ -279,9 +275,9 @@ def _sliced(
             yield from zip(some, (pool.map if footers else map)(slices, some), strict=True)
 
 
-def _named(file: SourceFile, slices: Sequence[dict[str, Any]], suffix: str) -> Iterator[Unit]:
+def _named(file: SourceFile, slices: Sequence[dict[str, Any]]) -> Iterator[Unit]:
     for i, part in enumerate(slices):
-        output = (file.name if len(slices) == 1 else f"{file.name}-{i:05d}") + suffix
+        output = file.name if len(slices) == 1 else f"{file.name}-{i:05d}"
         identity = (
             f"{file.path}|{file.size}|{file.version}|{part.get('row_groups')}|{part.get('start')}"
             f"|{part.get('end')}"

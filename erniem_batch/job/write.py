@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from erniem_batch import storage
+from erniem_batch.errors import Conflict
 from erniem_batch.job.config import LANGUAGE_COLUMN
 from erniem_batch.records import Prediction
 from erniem_batch.tasks.base import Task
@@ -59,6 +60,8 @@ class Marks:
         counts: as in the receipt.
         findings: as in the receipt.
         n_bytes: size of the file; JSONL only, whose marks are kept apart.
+        letters: file of the dead letters of the attempt that wrote this file, in the output
+            folder; empty: there are none, or an older release wrote it.
     """
 
     unit: str
@@ -67,6 +70,7 @@ class Marks:
     counts: dict[str, int]
     n_bytes: int | None = None
     findings: str = ""
+    letters: str = ""
 
 
 def write_tables(
@@ -80,17 +84,51 @@ def write_tables(
 
     Returns:
         Rows and bytes of the file.
+
+    Raises:
+        Conflict: another attempt at the unit has written the file meanwhile.
     """
     n_rows = 0
-    with storage.new_file(storage.join(output, name)) as file:
-        jsonl = name.endswith(".jsonl")
+    jsonl = name.endswith(".jsonl")
+    with storage.new_file(storage.join(output, name), exclusive=True) as file:
         for table in (_write_jsonl if jsonl else _write_parquet)(file, tables, marks):
             n_rows += len(table)
         n_bytes = file.tell()
-        if jsonl:  # before the data, which without it would count for nothing
-            text = json.dumps(asdict(replace(marks(), n_bytes=n_bytes)), sort_keys=True)
-            storage.write(sidecar(output, name), text.encode())
+    if jsonl:  # after the data, which without it counts for nothing
+        _write_sidecar(output, name, replace(marks(), n_bytes=n_bytes))
     return n_rows, n_bytes
+
+
+def _write_sidecar(output: str, name: str, marks: Marks) -> None:
+    """The marks of a JSONL file that this attempt has just written.
+
+    Raises:
+        Conflict: another attempt has replaced the file.
+    """
+    path = sidecar(output, name)
+    text = json.dumps(asdict(marks), sort_keys=True)
+    while True:
+        try:
+            with storage.new_file(path, exclusive=True) as file:
+                file.write(text.encode())
+            return
+        except Conflict:
+            if read_marks(output, name) is not None:
+                raise
+            _remove_if_there(path)  # of an attempt whose file is gone
+
+
+def clear(output: str, name: str) -> None:
+    """Removes an output file that does not count, so that a new one can be written."""
+    _remove_if_there(storage.join(output, name))
+    if name.endswith(".jsonl"):
+        _remove_if_there(sidecar(output, name))
+
+
+def _remove_if_there(path: str) -> None:
+    info = storage.stat(path)
+    if info is not None:
+        storage.remove([info])
 
 
 def read_marks(output: str, name: str) -> Marks | None:

@@ -134,7 +134,7 @@ def test_the_next_night(tmp_path, job):
     assert (target / "_SUCCESS").exists()
 
 
-@pytest.mark.parametrize("moment", ["new_file", "publish", "delete", "mark_success"])
+@pytest.mark.parametrize("moment", ["new_file", "publish", "remove", "mark_success"])
 def test_killed_at_any_moment(tmp_path, job, monkeypatch, moment):
     """Readers of the manifest see the old rows or the new ones, never half of them."""
     corpus(tmp_path)
@@ -146,11 +146,11 @@ def test_killed_at_any_moment(tmp_path, job, monkeypatch, moment):
         tmp_path / "in" / "9.jsonl", [{"id": "new", "text": "Bob", "lang": "de", "year": 1}]
     )
     job()
-    owner = storage if moment in ("new_file", "delete") else module
+    owner = storage if moment in ("new_file", "remove") else module
     real, killed = getattr(owner, moment), []
 
     def kill(*arguments, **options):
-        early = {"new_file": "lease.json", "delete": "_SUCCESS"}.get(moment)
+        early = {"new_file": "lease.json", "remove": "_SUCCESS"}.get(moment)
         if early is not None and early in str(arguments[0]):
             return real(*arguments, **options)
         killed.append(arguments)
@@ -161,7 +161,7 @@ def test_killed_at_any_moment(tmp_path, job, monkeypatch, moment):
         with pytest.raises(Killed):
             compact(str(tmp_path / "out"), str(target), ["lang"])
     assert killed
-    is_new = moment in ("delete", "mark_success")
+    is_new = moment in ("remove", "mark_success")
     assert ids(target_rows(target)) == (sorted([*old, "new"]) if is_new else old)
     assert not (is_new and (target / "_SUCCESS").exists())
     compact(str(tmp_path / "out"), str(target), ["lang"])

@@ -36,7 +36,7 @@ def bury(tmp_path, unit, rows=None, attempts=1):
             if rows is None or place.row in rows:
                 whole = None if chunk.whole is None else chunk.whole.slice(i, 1)
                 bad.append(BadRow(place, WHY, whole))
-    write_letters(str(tmp_path / "out"), unit, bad, attempts, "m1")
+    write_letters(str(tmp_path / "out"), letters_name(unit.output), unit, bad, attempts, "m1")
     return pq.read_table(tmp_path / "out" / letters_name(unit.output))
 
 
@@ -142,7 +142,7 @@ def test_a_letter_of_a_letter_is_the_same_row(tmp_path, change):
         write_parquet(source, pa.table({"text": ["new"] * 9}))
     (chunk,), replay = dig_up(tmp_path, unit)
     bad = [BadRow(place, WHY, chunk.whole.slice(i, 1)) for i, place in enumerate(chunk.places)]
-    write_letters(str(tmp_path / "out"), replay, bad, 1, "m1")
+    write_letters(str(tmp_path / "out"), letters_name(replay.output), replay, bad, 1, "m1")
     second = pq.read_table(tmp_path / "out" / letters_name(replay.output))
     same = ["source_file", "source_row", "row"]
     assert second.select(same).equals(first.select(same))
@@ -227,7 +227,7 @@ def test_the_rest_is_read_only_from_the_file_it_was(tmp_path, name, then):
     (chunk,) = reader(Unit.from_row({**unit.to_row(), "path": str(tmp_path / "absent")})).chunks()
     (bad,) = chunk.bad
     bad = BadRow(bad.place, bad.failure, n_rows=5, rest=rest)
-    write_letters(str(tmp_path / "out"), unit, [bad], 1, "m1")
+    write_letters(str(tmp_path / "out"), letters_name(unit.output), unit, [bad], 1, "m1")
     if then == "gone":
         path.unlink()
     elif then == "other rows":
@@ -244,7 +244,9 @@ def test_the_rest_is_read_only_from_the_file_it_was(tmp_path, name, then):
         assert texts == []
         (again,) = still_bad
         assert (again.rest, again.n_rows) == (rest, 5)
-        write_letters(str(tmp_path / "out"), replay, still_bad, 1, "m1")
+        write_letters(
+            str(tmp_path / "out"), letters_name(replay.output), replay, still_bad, 1, "m1"
+        )
         paths = [letters_name(unit.output), letters_name(replay.output)]
         first, second = (pq.read_table(tmp_path / "out" / p) for p in paths)
         same = ["source_file", "source_row", "n_rows", "stage", "error", "reason", "rest"]

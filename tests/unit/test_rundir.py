@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pyarrow as pa
 import pytest
+from fakes import Alone
 
 from erniem_batch import storage
 from erniem_batch.errors import ConfigError
@@ -101,7 +102,7 @@ def assess(folder, plan):
 
 def test_run_json_comes_back(folder):
     assert folder.read_info() is None
-    folder.write_info(INFO)
+    folder.write_info(INFO, Alone())
     assert folder.read_info() == INFO
     assert folder.read_info().arrow_schema == SCHEMA
 
@@ -345,7 +346,7 @@ def test_a_segment_that_was_never_finished_is_not_read(folder):
 
 def test_reports_and_forecasts(folder):
     assert folder.read_report() is folder.read_forecast() is None
-    folder.write_report({"a": 1}, "<p>")
+    folder.write_report({"a": 1}, "<p>", Alone())
     folder.write_forecast({"b": 2})
     assert (folder.read_report(), folder.read_forecast()) == ({"a": 1}, {"b": 2})
     assert json.loads(storage.read(f"{folder.output}/_run/report.json")) == {"a": 1}

@@ -23,9 +23,9 @@ from erniem_batch.job.units import (
 ROWS = [{"text": f"row {i}", "n": i} for i in range(40)]
 
 
-def plan(*inputs, unit_bytes=1 << 20, limit=None, input_format="auto", suffix=""):
+def plan(*inputs, unit_bytes=1 << 20, limit=None, input_format="auto"):
     files = files_of(find_files([str(path) for path in inputs], input_format))
-    units = list(plan_units(files, unit_bytes, "text", limit, suffix))
+    units = list(plan_units(files, unit_bytes, "text", limit))
     require_unique(to_table(units))
     return units
 
@@ -243,12 +243,6 @@ def test_ids_are_stable_and_differ(tmp_path):
     ids = {unit.id for unit in first}
     changed = [unit.path for unit in plan(tmp_path, unit_bytes=100) if unit.id not in ids]
     assert set(changed) == {str(tmp_path / "a.jsonl")}
-
-
-def test_a_suffix_for_names_that_are_in_use(tmp_path):
-    write_jsonl(tmp_path / "a.jsonl", ROWS)
-    units = plan(tmp_path, unit_bytes=600, suffix=".3")
-    assert [unit.output for unit in units] == ["a-00000.3", "a-00001.3"]
 
 
 def test_units_travel_as_plain_rows(tmp_path):
