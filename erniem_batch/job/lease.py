@@ -18,7 +18,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -222,6 +222,10 @@ class Lease:
             except StorageError as error:
                 logger.warning("the lease was not released, it will run out: %s", error)
 
+    def replace_file(self, path: str, data: bytes) -> None:
+        """Writes a file that may be large in place of an older one, as `replace_file` does."""
+        replace_file(path, data, self.prove)
+
     @staticmethod
     def look(output: str) -> tuple[Holder | None, str]:
         """Who writes, or wrote last, and a word that changes with every sign of life."""
@@ -290,6 +294,32 @@ class Lease:
         there = storage.read_versioned(self._path)
         ours = there is not None and Holder.decode(there[0]).owner == self.holder.owner
         return there[1] if there is not None and ours else ""
+
+
+def replace_file(path: str, data: bytes, prove: Callable[[], None]) -> None:
+    """Writes a file in place of the one that was there when ownership was proven, and of no other.
+
+    For a moment there is none. No lock file stays beside it.
+
+    Args:
+        prove: raises an error if another run has taken over.
+    """
+    while True:
+        there = storage.stat(path)
+        prove()
+        if there is not None:
+            storage.remove([there])
+        with suppress(Conflict):  # the late write of a run before this one, or we have lost
+            with storage.new_file(path, exclusive=True) as file:
+                file.write(data)
+            return
+
+
+def require_owner(output: str, owner: str) -> None:
+    """Raises a JobError unless the lease of a folder is that of this owner; for its workers."""
+    holder, _ = Lease.look(output)
+    if holder is None or holder.owner != owner:
+        raise JobError(f"another run has taken over {output}; it completes the work")
 
 
 def _machine() -> str:

@@ -3,7 +3,7 @@
 import io
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +13,7 @@ import torch
 
 from erniem_batch import storage
 from erniem_batch.errors import StorageError
+from erniem_batch.job.lease import replace_file
 from erniem_batch.model.checkpoint import save_overlay
 from erniem_batch.model.config import ErnieMConfig
 from erniem_batch.model.encoder import ErnieMModel
@@ -31,7 +32,11 @@ CURVE = "curve.png"
 
 
 def export(
-    config: FinetuneConfig, heads: SharedHeads, tokenizer: ErnieMTokenizer, start: Path
+    config: FinetuneConfig,
+    heads: SharedHeads,
+    tokenizer: ErnieMTokenizer,
+    start: Path,
+    prove: Callable[[], None],
 ) -> None:
     """The trained models at `config.output`.
 
@@ -42,6 +47,7 @@ def export(
     Args:
         start: model folder that the training started from, without its head: dropout is written as
             there, and an overlay lies over it.
+        prove: raises an error if another training has taken over the output.
     """
     before = ErnieMConfig.from_pretrained(start)
     if config.storage == "float16":
@@ -54,6 +60,7 @@ def export(
             _reset_dropout(heads[task], before)
         if config.overlay:
             below = base_folder(start) or start
+            prove()
             save_overlay(heads[tasks[0]], Path(config.output), below, storage=stored)
             logger.info("saved output=%s over=%s", config.output, below)
             return
@@ -66,7 +73,7 @@ def export(
             for task in tasks:
                 if task != "embed":
                     save_overlay(heads[task], folder / task, folder / ENCODER, storage=stored)
-        _upload(folder, config.output)
+        _upload(folder, config.output, prove)
     logger.info("saved output=%s", config.output)
 
 
@@ -87,7 +94,7 @@ def _encoder_of(model: Head) -> ErnieMModel:
     return encoder
 
 
-def _upload(folder: Path, output: str) -> None:
+def _upload(folder: Path, output: str, prove: Callable[[], None]) -> None:
     """All files; config.json last, because only with it a folder is a model."""
     target = storage.normal(output)
     files = sorted(
@@ -96,18 +103,24 @@ def _upload(folder: Path, output: str) -> None:
     )
     for path in files:
         name = path.relative_to(folder).as_posix()
-        storage.write(storage.join(target, name), path.read_bytes())
+        replace_file(storage.join(target, name), path.read_bytes(), prove)
 
 
-def write_history(output: str, history: Sequence[Mapping[str, Any]]) -> None:
-    """The figures of all measurements as JSON, and as a picture where matplotlib is installed."""
+def write_history(
+    output: str, history: Sequence[Mapping[str, Any]], prove: Callable[[], None]
+) -> None:
+    """The figures of all measurements as JSON, and as a picture where matplotlib is installed.
+
+    Args:
+        prove: raises an error if another training has taken over the output.
+    """
     target = storage.normal(output)
     text = json.dumps(list(history), indent=1) + "\n"
     try:
-        storage.write(storage.join(target, HISTORY), text.encode())
+        replace_file(storage.join(target, HISTORY), text.encode(), prove)
         picture = curve(history)
         if picture is not None:
-            storage.write(storage.join(target, CURVE), picture)
+            replace_file(storage.join(target, CURVE), picture, prove)
     except StorageError as error:  # a missing picture is no reason to lose a training
         logger.warning("history not written: %s", error)
 

@@ -65,6 +65,10 @@ class Session(Protocol):
         only the first brings a folder."""
         ...
 
+    def prove(self) -> None:
+        """Raises an error if another training has taken over the output folder."""
+        ...
+
 
 @dataclass
 class Progress:
@@ -122,8 +126,8 @@ def train(config: FinetuneConfig, session: Session) -> Progress:
         if session.rank == 0:
             if training.best is not None:
                 _load_trained(training.heads, training.best)
-            export(training.config, training.heads, training.tokenizer, training.folder)
-            write_history(config.output, training.progress.history)
+            export(config, training.heads, training.tokenizer, training.folder, session.prove)
+            write_history(config.output, training.progress.history, session.prove)
     return training.progress
 
 
@@ -403,7 +407,7 @@ def _measure_and_save(training: Training, watch: _Watch) -> None:
     figures = {key: round(v, 4) if isinstance(v, float) else v for key, v in entry.items()}
     if session.rank == 0:
         logger.info("measured %s", " ".join(f"{key}={value}" for key, value in figures.items()))
-        write_history(training.config.output, progress.history)
+        write_history(training.config.output, progress.history, session.prove)
     with TemporaryDirectory() as folder:
         if session.rank == 0:
             _save(training, Path(folder) / STATE_FILE)

@@ -9,13 +9,17 @@ import json
 import logging
 import os
 import time
+import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from erniem_batch import storage
 from erniem_batch.errors import CheckpointError, ConfigError, JobError
 from erniem_batch.job.cluster import SPARE_CPUS, connect_to
+from erniem_batch.job.lease import Lease, require_owner
 from erniem_batch.model.config import ErnieMConfig
 from erniem_batch.options import flag_name
 from erniem_batch.train.config import FinetuneConfig
@@ -73,9 +77,19 @@ def finetune(config: FinetuneConfig) -> FinetuneReport:
         logger.info("nothing to do, the model is complete output=%s", config.output)
         return done
     _check_input(config)
-    _claim(config, output)
+    if config.overwrite:
+        _require_elsewhere(config, output)
+    else:
+        _begun(config, output)  # before a lease is left in a folder that was meant by mistake
+    with Lease(output).acquire().held() as lease:
+        return _train(config, output, lease)
+
+
+def _train(config: FinetuneConfig, output: str, lease: Lease) -> FinetuneReport:
+    """Trains, writes the report, and removes what is needed no more."""
+    name = _claim(config, output, lease)
     started = time.monotonic()
-    _fit(config, output)
+    _fit(config, output, lease, name)
     history = json.loads(storage.read(storage.join(output, HISTORY)) or b"[]")
     best = best_of(history)
     report = FinetuneReport(
@@ -90,8 +104,8 @@ def finetune(config: FinetuneConfig) -> FinetuneReport:
         curve=storage.join(output, CURVE) if storage.stat(storage.join(output, CURVE)) else None,
     )
     content = {"settings": config.settings(), "report": asdict(report)}
-    storage.write(storage.join(output, DONE), _as_json(content))
-    _remove_run(output)
+    lease.replace_file(storage.join(output, DONE), _as_json(content))
+    _remove_run(output, lease)
     return report
 
 
@@ -132,23 +146,48 @@ def _check_input(config: FinetuneConfig) -> None:
         )
 
 
-def _claim(config: FinetuneConfig, output: str) -> None:
-    """Makes sure that what the output holds of a training is this one; clears it on --overwrite."""
+def _claim(config: FinetuneConfig, output: str, lease: Lease) -> str:
+    """Makes sure that what the output holds of a training is this one; clears it on --overwrite.
+
+    Returns:
+        The name of what Ray Train keeps of the training. A training that starts anew has a name of
+        its own, so that workers of another one that wake up late write elsewhere.
+    """
     path = storage.join(output, SETTINGS)
     if config.overwrite:
-        _require_elsewhere(config, output)
-        storage.delete(info.path for info in storage.find(output))
-    before = storage.read(path)
-    if before is not None:
-        _require_same(config, json.loads(before))
+        files = [info for info in storage.find(output) if not _is_of_lease(info.path, output)]
+        lease.prove()  # so that no file listed is of a later training
+        storage.remove(files)
+    begun = _begun(config, output)
+    if begun is not None:
         logger.info("going on with an interrupted training output=%s", config.output)
-        return
+        return str(begun["run"])
+    name = uuid.uuid4().hex[:12]
+    lease.replace_file(path, _as_json({**config.settings(), "run": name}))
+    return name
+
+
+def _begun(config: FinetuneConfig, output: str) -> Mapping[str, Any] | None:
+    """What is written down of the same training, if it was begun.
+
+    Raises:
+        ConfigError: the output holds another training, or a model.
+    """
+    before = storage.read(storage.join(output, SETTINGS))
+    if before is not None:
+        content: dict[str, Any] = json.loads(before)
+        _require_same(config, content)
+        return content
     if storage.stat(storage.join(output, "config.json")) is not None:
         raise ConfigError(
             f"--output {config.output} holds a model already: choose another folder, or "
             f"--overwrite it"
         )
-    storage.write(path, _as_json(config.settings()))
+    return None
+
+
+def _is_of_lease(path: str, output: str) -> bool:
+    return "lease.json" in path[len(output) :]
 
 
 def _require_elsewhere(config: FinetuneConfig, output: str) -> None:
@@ -184,7 +223,7 @@ def _as_json(content: Any) -> bytes:
 # ---- with Ray ---------------------------------------------------------------------------------
 
 
-def _fit(config: FinetuneConfig, output: str) -> None:
+def _fit(config: FinetuneConfig, output: str, lease: Lease, name: str) -> None:
     """Runs the workers to the end."""
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     cores = os.cpu_count() or 1
@@ -212,15 +251,19 @@ def _fit(config: FinetuneConfig, output: str) -> None:
 
     trainer = Trainer(
         _work,
-        train_loop_config={"config": config.with_absolute_paths(), "threads": cpus},
+        train_loop_config={
+            "config": config.with_absolute_paths(),
+            "threads": cpus,
+            "owner": lease.holder.owner,
+        },
         scaling_config=ScalingConfig(
             num_workers=config.workers,
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": cpus} | ({"GPU": gpus} if gpus else {}),
         ),
         run_config=RunConfig(
-            name=RUN,
-            storage_path=path,
+            name=name,
+            storage_path=f"{path}/{RUN}",
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=RESTARTS),
             checkpoint_config=CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
@@ -237,9 +280,9 @@ def _fit(config: FinetuneConfig, output: str) -> None:
             ray.shutdown()
     refused = storage.read(storage.join(output, REFUSED))
     if refused is not None:
-        storage.delete([storage.join(output, REFUSED)])
+        lease.remove(storage.join(output, REFUSED))
         if storage.stat(storage.join(output, HISTORY)) is None:  # nothing to go on with
-            _remove_run(output)
+            _remove_run(output, lease)
         raise ConfigError(refused.decode())
     if lost is not None:
         raise _lost(lost) from lost
@@ -257,11 +300,12 @@ def _work(arguments: dict[str, Any]) -> None:
     _quiet_reports()
     torch.set_num_threads(arguments["threads"])
     config: FinetuneConfig = arguments["config"]
-    refused = storage.join(storage.normal(config.output), REFUSED)
+    output = storage.normal(config.output)
+    refused = storage.join(output, REFUSED)
     if storage.read(refused) is not None:
         return
     try:
-        train(config, RaySession())
+        train(config, RaySession(partial(require_owner, output, arguments["owner"])))
     except (ConfigError, CheckpointError) as error:
         # Ray Train would try again what fails every time. Where others wait for this worker, it
         # may: then all of them find the note.
@@ -288,10 +332,13 @@ def _lost(error: Exception) -> JobError:
     )
 
 
-def _remove_run(output: str) -> None:
+def _remove_run(output: str, lease: Lease) -> None:
     """What Ray Train keeps; on a local disk also its folders, which object storage has none of."""
-    storage.delete(info.path for info in storage.find(storage.join(output, RUN)))
+    files = list(storage.find(storage.join(output, RUN)))
+    lease.prove()  # so that no file listed is of a later training
+    storage.remove(files)
     if storage.is_remote(output):
         return
     for folder, _, _ in os.walk(os.path.join(output, RUN), topdown=False):
-        os.rmdir(folder)
+        with suppress(OSError):  # a worker that woke up late has written into it
+            os.rmdir(folder)

@@ -1,7 +1,7 @@
 """What a worker knows of the others and of the past: alone, or under Ray Train."""
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ class LocalSession:
         """The folder, if there is a checkpoint in it."""
         yield self.folder if (self.folder / STATE_FILE).exists() else None
 
+    def prove(self) -> None:
+        """Nobody else writes."""
+
     def report(self, metrics: Mapping[str, Any], folder: Path | None) -> None:
         """Keeps the checkpoint in place of the one before."""
         self.reports.append(metrics)
@@ -38,9 +41,13 @@ class LocalSession:
 
 
 class RaySession:
-    """One of the workers of a TorchTrainer."""
+    """One of the workers of a TorchTrainer.
 
-    def __init__(self) -> None:
+    Args:
+        prove: raises an error if another training has taken over the output folder.
+    """
+
+    def __init__(self, prove: Callable[[], None]) -> None:
         from ray import train
         from ray.train.torch import get_device
 
@@ -48,6 +55,7 @@ class RaySession:
         self.rank = context.get_world_rank()
         self.world_size = context.get_world_size()
         self.device = get_device()
+        self.prove = prove
 
     @contextmanager
     def restored(self) -> Iterator[Path | None]:

@@ -26,8 +26,10 @@ from erniem_batch import (
     cli,
 )
 from erniem_batch.config import PredictorConfig
-from erniem_batch.errors import ConfigError
+from erniem_batch.errors import ConfigError, JobError
 from erniem_batch.gold import annotated
+from erniem_batch.job import lease as lease_module
+from erniem_batch.job.lease import require_owner
 from erniem_batch.labels import labels_to_spans
 from erniem_batch.model.fetch import is_model_file
 from erniem_batch.model.heads import IGNORED_LABEL, ErnieMForEmbedding
@@ -1485,11 +1487,15 @@ def test_a_picture():
 
 
 def test_history_and_picture_are_written(tmp_path):
-    export.write_history(str(tmp_path / "out"), [{"step": 1, "tokens": 10, "loss": 1.0}])
+    export.write_history(
+        str(tmp_path / "out"), [{"step": 1, "tokens": 10, "loss": 1.0}], lambda: None
+    )
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"training_results.json", "curve.png"}
     # A place that cannot be written to is no reason to lose a training.
     (tmp_path / "file").write_bytes(b"")
-    export.write_history(str(tmp_path / "file"), [{"step": 1, "tokens": 10, "loss": 1.0}])
+    export.write_history(
+        str(tmp_path / "file"), [{"step": 1, "tokens": 10, "loss": 1.0}], lambda: None
+    )
 
 
 # ---- settings ---------------------------------------------------------------------------------
@@ -1626,9 +1632,9 @@ def small_run(start, tmp_path, monkeypatch, no_picture):
     """`run.finetune` with a LocalSession in place of Ray; notes how often it trained."""
     fits = []
 
-    def fit(config, output):
+    def fit(config, output, lease, name):
         fits.append(output)
-        train(config, LocalSession(Path(output) / run.RUN / "state"))
+        train(config, LocalSession(Path(output) / run.RUN / name))
 
     monkeypatch.setattr(run, "_fit", fit)
     config = _small(start, tmp_path, ["ner"], 12, max_steps=2, evaluations=1)
@@ -1661,7 +1667,7 @@ def test_a_finished_training_does_nothing(small_run, tmp_path):
 def test_an_interrupted_run_is_claimed(small_run, tmp_path, monkeypatch):
     config, fits = small_run
 
-    def killed(config, output):
+    def killed(*_):
         raise Interrupted
 
     with monkeypatch.context() as patch:
@@ -1679,10 +1685,48 @@ def test_an_interrupted_run_is_claimed(small_run, tmp_path, monkeypatch):
     assert not settings.exists()
 
 
+@pytest.mark.parametrize("at", ["the export", "the end"])
+def test_a_training_that_wakes_up_late_writes_nothing(small_run, tmp_path, monkeypatch, at):
+    """Another one has started anew meanwhile, with other settings, and is complete."""
+    config, _ = small_run
+    later = replace(config, seed=8, overwrite=True)
+    fit = run._fit
+    content = {}
+
+    def take_over():
+        monkeypatch.setattr(run, "_fit", fit)
+        monkeypatch.setattr(lease_module, "is_dead", lambda holder: True)
+        run.finetune(later)
+        paths = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+        content.update({path: path.read_bytes() for path in paths if "_run" not in path.parts})
+
+    class Asleep(LocalSession):
+        def __init__(self, folder, lease):
+            super().__init__(folder)
+            self.lease = lease
+
+        def prove(self):
+            if not content and at == "the export":
+                take_over()
+            require_owner(str(tmp_path / "out"), self.lease.holder.owner)
+
+    def late(config, output, lease, name):
+        train(config, Asleep(Path(output) / run.RUN / name, lease))
+        take_over()
+
+    monkeypatch.setattr(run, "_fit", late)
+    with pytest.raises(JobError, match="another run has taken over"):
+        run.finetune(config)
+    assert content
+    assert {path: path.read_bytes() for path in content} == content
+    assert not (tmp_path / "out" / run.RUN).exists()
+
+
 def test_a_model_is_not_written_over(small_run, start):
     config, fits = small_run
     with pytest.raises(ConfigError, match="holds a model already: choose another folder"):
         run.finetune(replace(config, output=str(start)))
+    assert not (start / "_run").exists()
     assert fits == []
 
 
@@ -1695,10 +1739,10 @@ def test_what_is_read_is_not_deleted(small_run, start, tmp_path, name):
     value = {"model": str(tmp_path / "out"), "train": (f"ner={path}",), "dev": (str(path),)}
     config = replace(config, overwrite=True, **{name: value.get(name, str(path))})
     with pytest.raises(ConfigError, match=f"--overwrite would delete --{name} .*out"):
-        run._claim(config, config.output)
+        run._require_elsewhere(config, config.output)
     assert path.exists()
     beside = replace(config, output=str(tmp_path / "ou"))
-    run._claim(beside, beside.output)
+    run._require_elsewhere(beside, beside.output)
     assert fits == []
 
 
