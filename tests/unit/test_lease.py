@@ -4,14 +4,16 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
+from fakes import Alone
 
 from erniem_batch import storage
 from erniem_batch.errors import ConfigError, JobError, StorageError
 from erniem_batch.job import lease as module
 from erniem_batch.job.lease import ENDED, STOPPED, Holder, Lease
+from erniem_batch.job.manifest import Manifest, publish
 
 
 @pytest.fixture(autouse=True)
@@ -181,3 +183,110 @@ def test_a_run_that_lost_its_lease_leaves_it_alone(tmp_path, hold):
     old.release(ENDED)  # it does not know yet
     assert _holder(tmp_path).owner == new.holder.owner
     assert _holder(tmp_path).released == ""
+
+
+# ---- fencing ----------------------------------------------------------------------------------
+
+
+def test_each_owner_has_a_higher_generation(tmp_path, hold):
+    generations = []
+    for _ in range(3):
+        lease = hold()
+        generations.append(lease.fence.generation)
+        lease.release(ENDED)
+    assert generations == [1, 2, 3]
+    (tmp_path / "_run" / "lease.json").unlink()
+    publish(str(tmp_path), Manifest(1, "f", [], []), Alone(generation=7))
+    assert hold().fence.generation == 8
+
+
+def test_it_is_known_from_whom_the_lease_was_taken(tmp_path, hold):
+    """Who had not released it may wake up, as long as the folder is in use."""
+    first = hold()
+    first.release(ENDED)
+    second = hold()
+    assert second.taken_over == 0
+    _asleep(second)
+    third = hold()
+    assert third.taken_over == third.fence.generation == 3
+    third.release(ENDED)
+    assert hold().taken_over == 3
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"null", b"\xff", b'{"owner": 7}', b'{"owner": "x", "beat": "many"}'],
+)
+def test_a_damaged_lease_is_waited_for_and_written_anew(tmp_path, hold, content):
+    """Its owner may be alive: then it is renewed."""
+    storage.write(f"{tmp_path}/_run/lease.json", content)
+    publish(str(tmp_path), Manifest(1, "f", [], []), Alone(generation=4))
+    started = time.monotonic()
+    lease = hold()
+    assert time.monotonic() - started >= 0.5
+    assert (lease.fence.generation, lease.taken_over, lease.last_ended) == (5, 5, "")
+    assert Lease.look(str(tmp_path))[0].owner == lease.holder.owner
+
+
+def test_a_lease_of_a_newer_release(tmp_path, hold):
+    values = {**asdict(Holder("other", "m", "h", 1, released=ENDED, generation=6)), "colour": 1}
+    storage.write(f"{tmp_path}/_run/lease.json", json.dumps(values).encode())
+    assert hold().fence.generation == 7
+
+
+def test_ownership_is_proven_by_storage(tmp_path, hold):
+    lease = hold()
+    lease.prove()
+    _asleep(lease)
+    hold()
+    with pytest.raises(JobError, match="another run has taken over"):
+        lease.prove()
+    for effect in (
+        lambda: lease.write(f"{tmp_path}/_run/report.json", b"late"),
+        lambda: lease.replace_file(f"{tmp_path}/model", b"late"),
+        lambda: lease.remove(f"{tmp_path}/_SUCCESS"),
+    ):
+        (tmp_path / "_SUCCESS").write_bytes(b"of the later run")
+        with pytest.raises(JobError, match="another run has taken over"):
+            effect()
+    assert (tmp_path / "_SUCCESS").read_bytes() == b"of the later run"
+    assert not (tmp_path / "model").exists()
+    assert not (tmp_path / "_run" / "report.json").exists()
+
+
+@pytest.mark.parametrize("there", [None, b"before"])
+@pytest.mark.parametrize("write", ["write", "replace_file"])
+def test_a_write_that_comes_after_a_takeover(tmp_path, hold, monkeypatch, write, there):
+    """The owner sleeps after it has proven that it is the owner."""
+    path = tmp_path / "file"
+    if there is not None:
+        path.write_bytes(there)
+    lease = hold()
+    prove = lease.prove
+
+    def slept():
+        prove()
+        _asleep(lease)
+        getattr(hold(), write)(str(path), b"of the later run")
+
+    monkeypatch.setattr(lease, "prove", slept)
+    with pytest.raises((JobError, ConfigError)):  # it sleeps once more, and the lease is not free
+        getattr(lease, write)(str(path), b"late")
+    assert path.read_bytes() == b"of the later run"
+
+
+def test_a_renewal_whose_answer_was_lost(tmp_path, hold, monkeypatch):
+    """It has arrived, so that the version we know is not the one that stands there."""
+    lease = hold()
+    swap = storage.swap
+
+    def cut(*arguments):
+        swap(*arguments)
+        raise StorageError("no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "swap", cut)
+        with pytest.raises(StorageError):
+            lease.prove()
+    lease.prove()
+    lease.check()
