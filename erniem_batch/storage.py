@@ -32,7 +32,7 @@ from urllib.parse import quote
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from erniem_batch.errors import ConfigError, Conflict, StorageError
 
@@ -44,6 +44,7 @@ STEP_BYTES = 64 << 10
 DELETING_THREADS = 16
 CONNECT_SECONDS = 10
 SILENT_SECONDS = 60
+LOCK_SECONDS = 60
 # What a file system answers that has no hard links.
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 
@@ -639,8 +640,18 @@ def _conditionally(path: str, version: str | None, upload: Callable[[Any, str, s
 @contextmanager
 def _locked(target: Path) -> Iterator[None]:
     """One process at a time; the kernel frees the lock of a process that has died."""
-    with FileLock(target.with_name(f".{target.name}.lock"), timeout=SILENT_SECONDS):
+    lock = FileLock(target.with_name(f".{target.name}.lock"))
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        raise StorageError(
+            f"{target}: another process holds its lock for {LOCK_SECONDS} s: look for one that "
+            f"stands still, end it, and run the same command again"
+        ) from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _local_put(path: str, data: bytes, version: str | None) -> str:

@@ -30,6 +30,7 @@ from rich.table import Table
 
 from erniem_batch import storage
 
+from .asleep import fall_asleep, record_effects
 from .corpus import Corpus, change_corpus, make_corpus, save_model
 from .faults import (
     Case,
@@ -68,6 +69,10 @@ class Drill:
         # All runs are of one state of the package, whoever edits it meanwhile.
         self._code = work / "code"
         shutil.copytree(ROOT / "erniem_batch", self._code / "erniem_batch")
+        self._quick = work / "quick"
+        shutil.copytree(self._code, self._quick)
+        shutil.copy(Path(__file__).with_name("pause.py"), self._quick / "sitecustomize.py")
+        _shorten_times(self._quick / "erniem_batch")
 
     def faults(self) -> dict[str, Callable[[], tuple[Setting, Callable[..., None]]]]:
         """By name: where it strikes, and how."""
@@ -86,8 +91,31 @@ class Drill:
             ),
             "kill -9 driver, S3": lambda: (self.s3, lambda case, _: kill_driver(case)),
             "two runs at once, S3": lambda: (self.s3, lambda case, _: two_at_once(case)),
+            "asleep driver": lambda: self._asleep(self.local, "driver"),
+            "asleep driver, JSONL": lambda: self._asleep(self.jsonl, "driver"),
+            "asleep driver, next night": lambda: self._asleep(self.changed, "driver"),
+            "asleep driver, overwrite": lambda: self._asleep(self.overwrite, "driver"),
+            "asleep driver, replay": lambda: self._asleep(self.replay, "driver"),
+            "asleep actor": lambda: self._asleep(self.local, "actor"),
+            "asleep actor, JSONL": lambda: self._asleep(self.jsonl, "actor"),
+            "asleep driver, S3": lambda: self._asleep(self.s3, "driver"),
+            "asleep actor, S3": lambda: self._asleep(self.s3, "actor"),
             "kill node": lambda: (self.local, lambda case, _: kill_node(case, self.nodes)),
         }
+
+    def _asleep(self, setting: Setting, who: str) -> tuple[Setting, Callable[..., None]]:
+        """A setting whose runs can be stopped before each of their effects."""
+        if not setting.effects:
+            quick = replace(setting, code=self._quick, effects=setting.effects)
+            case = Case(quick, f"{setting.folder}/reference", self._logs / "record", "record")
+            with ExitStack() as stack:
+                stack.callback(lambda: _remove(f"{setting.folder}/record-driver"))
+                stack.callback(lambda: _remove(f"{setting.folder}/record-actor"))
+                record_effects(quick, case)
+            if case.problems:
+                raise Wrong("; ".join(case.problems))
+        quick = replace(setting, code=self._quick)
+        return quick, lambda case, number: fall_asleep(case, number, who)
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -140,6 +168,14 @@ class Drill:
         return self._undisturbed("overwrite", setting)
 
     @cached_property
+    def replay(self) -> Setting:
+        """The dead letters of a complete run once more; they stay dead letters."""
+        before = Path(self.local.folder) / "reference"
+        setting = self._after(self.local, before, folder=f"{self._work}/replay", command="replay")
+        setting.arguments = []
+        return self._undisturbed("replay", setting)
+
+    @cached_property
     def small_disk(self) -> Setting:
         """Like `local`, on a disk that can be filled."""
         folder = self._work / "small"
@@ -177,7 +213,7 @@ class Drill:
     def _after(first: Setting, before: Path, **changes: Any) -> Setting:
         """A setting that begins with the outcome of another."""
         arguments = list(first.arguments)
-        changes = {"folder": f"{first.folder}-next", **changes}
+        changes = {"folder": f"{first.folder}-next", "effects": {}, **changes}
         return replace(
             first, arguments=arguments, before=before, old=first.reference, new_files=0, **changes
         )
@@ -207,6 +243,19 @@ class Drill:
             f"{time.monotonic() - case.started:.0f} s"
         )
         return setting
+
+
+def _shorten_times(package: Path) -> None:
+    """Lets a lease run out after seconds instead of half a minute, and a lock of a file, too."""
+    for name, old, new in (
+        ("job/lease.py", "BEAT_S = 5.0", "BEAT_S = 1.0"),
+        ("job/lease.py", "STALE_S = 30.0", "STALE_S = 8.0"),
+        ("storage.py", "LOCK_SECONDS = 60", "LOCK_SECONDS = 6"),
+    ):
+        text = (package / name).read_text()
+        if old not in text:
+            raise RuntimeError(f"{name} has no line {old}")
+        (package / name).write_text(text.replace(old, new))
 
 
 # ---- outcomes ---------------------------------------------------------------------------------
@@ -422,7 +471,7 @@ def _add(
         return
     finally:
         outcome.seconds += time.monotonic() - started
-    needed = 2 if "two runs" in fault else 1
+    needed = 2 if "two runs" in fault or "asleep" in fault else 1
     outcome.complete += case.code == 0
     outcome.lost += found.lost
     outcome.repeated += found.repeated

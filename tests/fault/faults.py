@@ -5,7 +5,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +51,8 @@ class Setting:
         old: the result in `before`.
         new_files: how many data files the work adds.
         code: folder with the package.
+        command: with its arguments before `--output`, where it is not `ner`.
+        effects: of an undisturbed run, by who has them, see `asleep.py`.
     """
 
     arguments: list[str]
@@ -64,6 +66,8 @@ class Setting:
     reference: Result = field(default_factory=lambda: Result(b""))
     new_files: int = 0
     code: Path = ROOT
+    command: str = "ner"
+    effects: dict[str, list[str]] = field(default_factory=dict)
 
 
 class Case:
@@ -87,18 +91,27 @@ class Case:
         self.started = time.monotonic()
         self.environment = dict(setting.environment)
         self.pool = list(POOL)
-        self._log = log
+        self.log = log
         if setting.before is not None:
             shutil.copytree(setting.before, output)
         self._old = {name for name in names_in(output) if is_data(name)}
 
-    def start(self) -> Run:
-        """The command, once more."""
-        arguments = [*self.setting.arguments, "--output", self.output, *self.pool]
-        log = self._log.with_suffix(f".{len(self.runs)}.log")
-        run = Run(arguments, log, self.environment, self.setting.code)
+    def start(self, environment: Mapping[str, str] | None = None) -> Run:
+        """The command, once more.
+
+        Args:
+            environment: of this run only.
+        """
+        log = self.log.with_suffix(f".{len(self.runs)}.log")
+        variables = {**self.environment, **(environment or {})}
+        run = Run(self._arguments(), log, variables, self.setting.code)
         self.runs.append(run)
         return run
+
+    def _arguments(self) -> list[str]:
+        if self.setting.command == "replay":
+            return ["replay", self.output, *self.setting.arguments, *self.pool]
+        return ["ner", *self.setting.arguments, "--output", self.output, *self.pool]
 
     def new_files(self) -> int:
         """Data files that the runs have added so far."""

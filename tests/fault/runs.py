@@ -64,10 +64,10 @@ def below(root: int) -> list[Process]:
 
 
 class Run:
-    """`python -m erniem_batch.cli ner …` in a session of its own.
+    """`python -m erniem_batch.cli …` in a session of its own.
 
     Args:
-        arguments: after `ner`.
+        arguments: the command and what comes after it.
         environment: beside that of this process without Ray's variables.
         log: gets what it prints.
         code: folder with the package.
@@ -88,7 +88,7 @@ class Run:
         inherited[MARK] = uuid.uuid4().hex
         with log.open("ab") as file:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "erniem_batch.cli", "ner", *arguments],
+                [sys.executable, "-m", "erniem_batch.cli", *arguments],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,

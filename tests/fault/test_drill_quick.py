@@ -23,7 +23,7 @@ def test_a_killed_run_is_finished_by_the_next(tmp_path: Path) -> None:
 
     def start(output: Path) -> Run:
         log = tmp_path / f"{output.name}.log"
-        return Run([*arguments, "--output", str(output)], log)
+        return Run(["ner", *arguments, "--output", str(output)], log)
 
     whole, output = tmp_path / "whole", tmp_path / "output"
     run = start(whole)

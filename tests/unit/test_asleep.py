@@ -70,7 +70,7 @@ def asleep(monkeypatch):
     """Makes all leases of a moment those of a process that stands still; and wakes it up."""
     monkeypatch.setattr(lease_module, "BEAT_S", 0.02)
     monkeypatch.setattr(lease_module, "STALE_S", 0.1)
-    monkeypatch.setattr(storage, "SILENT_SECONDS", 0.3)  # who holds a file's lock may stand still
+    monkeypatch.setattr(storage, "LOCK_SECONDS", 0.3)  # who holds a file's lock may stand still
     made = []
     acquire = Lease.acquire
 
