@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from erniem_batch.errors import CheckpointError, ConfigError
 from erniem_batch.model.config import ErnieMConfig
-from erniem_batch.model.files import MAX_JSON_BYTES, read_shard_names
+from erniem_batch.model.files import MAX_JSON_BYTES, read_shard_names, short_reason
 from erniem_batch.model.overlay import BASE_KEY, base_folder, base_name, relative_base
 from erniem_batch.model.paddle_file import read_paddle
 from erniem_batch.model.torch_file import read_torch
@@ -312,7 +312,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         stored = load_file(path)
     except Exception as error:  # types of numbers and sizes that torch lacks raise many things
-        raise CheckpointError(f"{path}: damaged or not a safetensors file: {error}") from error
+        raise CheckpointError(
+            f"{path}: damaged or not a safetensors file: {short_reason(error)}"
+        ) from error
     return from_int8(stored, path)
 
 

@@ -33,6 +33,7 @@ MAX_JSON_BYTES = 16 << 20
 MAX_JSON_DEPTH = 100
 MAX_SHARDS = 1_000
 MAX_NAME_CHARS = 255
+MAX_REASON_CHARS = 300
 
 _shorten = Repr()
 _shorten.maxstring = _shorten.maxother = _shorten.maxlong = 80
@@ -44,6 +45,11 @@ def short_repr(value: Any) -> str:
         return _shorten.repr(value)
     except ValueError:  # an integer with more digits than Python prints
         return f"a very long {type(value).__name__}"
+
+
+def short_reason(error: Exception) -> str:
+    """The message of another library's error, which may repeat what is in a file, cut short."""
+    return str(error).partition("\n")[0][:MAX_REASON_CHARS]
 
 
 def is_model_file(name: str) -> bool:
@@ -83,7 +89,7 @@ def read_json(path: Path) -> Any:
     try:
         values = json.loads(content.decode("utf-8"), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+        raise CheckpointError(f"{path}: not valid JSON: {short_reason(error)}") from error
     if isinstance(values, dict | list) and _is_too_deep(values):
         raise CheckpointError(f"{path}: nested more than {MAX_JSON_DEPTH} levels deep")
     return values
