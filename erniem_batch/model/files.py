@@ -5,6 +5,7 @@ which checks the size before it reads.
 """
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -37,6 +38,7 @@ MAX_REASON_CHARS = 300
 
 _shorten = Repr()
 _shorten.maxstring = _shorten.maxother = _shorten.maxlong = 80
+_shorten.maxlevel = 2
 
 
 def short_repr(value: Any) -> str:
@@ -49,7 +51,7 @@ def short_repr(value: Any) -> str:
 
 def short_reason(error: Exception) -> str:
     """The message of another library's error, which may repeat what is in a file, cut short."""
-    return str(error).partition("\n")[0][:MAX_REASON_CHARS]
+    return " ".join(str(error).split())[:MAX_REASON_CHARS]
 
 
 def is_model_file(name: str) -> bool:
@@ -69,11 +71,11 @@ def read_bytes(path: Path, limit: int) -> bytes:
     """
     try:
         with path.open("rb") as file:
-            content = file.read(limit + 1)
-            size = max(len(content), path.stat().st_size)
+            size = os.fstat(file.fileno()).st_size
+            content = file.read(size) if size <= limit else b""
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    if len(content) > limit:
+    if size > limit:
         raise CheckpointError(f"{path}: expected at most {limit:,} bytes, got {size:,}")
     return content
 

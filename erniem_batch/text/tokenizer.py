@@ -132,6 +132,8 @@ class ErnieMTokenizer:
 
     def _build(self) -> None:
         """What follows from the settings; done again after unpickling."""
+        if not self._sentencepiece_model:  # the library takes it for no argument
+            raise CheckpointError("not a SentencePiece model: it is empty")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(
                 model_proto=self._sentencepiece_model

@@ -15,6 +15,7 @@ import pickle
 import resource
 import shutil
 import signal
+import struct
 import sys
 import tempfile
 import time
@@ -157,7 +158,7 @@ def make_case(seed: int, number: int, root: Path, target: Path) -> Case:
         mutation = random.choice(mutations_for(path.name))
         try:
             content = mutation(random, content) if content else content
-        except (ValueError, RecursionError, IndexError):  # what was damaged before is no JSON
+        except (ValueError, RecursionError, IndexError, struct.error):  # damaged before
             break
         done.append(mutation.__name__)
     path.write_bytes(content)
@@ -249,10 +250,14 @@ class Fuzzer:
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
-            os.close(reader)
-            with os.fdopen(writer, "wb") as file:
-                self._work_off(first, end, file)
-            os._exit(0)
+            status = 1
+            try:
+                os.close(reader)
+                with os.fdopen(writer, "wb") as file:
+                    self._work_off(first, end, file)
+                status = 0
+            finally:  # never back to what the parent does
+                os._exit(status)
         os.close(writer)
         with os.fdopen(reader, "rb") as file:
             told = [json.loads(line) for line in file]
@@ -269,11 +274,10 @@ class Fuzzer:
 
     def _work_off(self, first: int, end: int, file: BinaryIO) -> None:
         """In the child: one line for each case that came to an end."""
-        signal.alarm(0)
         held = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, held + MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # SentencePiece writes to it
         for number in range(first, end):
             signal.alarm(SECONDS_A_CASE)
             target = self._work / "case"
