@@ -137,6 +137,7 @@ class Case:
     Attributes:
         form: of the folder.
         has_weights: the weights are as they were.
+        is_converted: the folder is converted, not only loaded.
     """
 
     folder: Path
@@ -144,6 +145,7 @@ class Case:
     file: str
     damage: str
     has_weights: bool
+    is_converted: bool
 
 
 def make_case(seed: int, number: int, root: Path, target: Path) -> Case:
@@ -163,7 +165,8 @@ def make_case(seed: int, number: int, root: Path, target: Path) -> Case:
         done.append(mutation.__name__)
     path.write_bytes(content)
     file = path.relative_to(target).as_posix()
-    return Case(target, form, file, " ".join(done), not path.name.endswith(WEIGHTS))
+    has_weights = not path.name.endswith(WEIGHTS)
+    return Case(target, form, file, " ".join(done), has_weights, number % 10 == 0)
 
 
 def outcome(case: Case, tensors: Mapping[str, torch.Tensor]) -> str:
@@ -190,6 +193,9 @@ def _load(case: Case, tensors: Mapping[str, torch.Tensor]) -> str:
         return "loaded" if set(ids.tolist()) <= known else "fault\nan id that no token has"
     folder = case.folder / "over" if case.form == "overlay" else case.folder
     model_digest(folder)
+    if case.is_converted:
+        convert(folder, case.folder.with_name("converted"))
+        return "converted"
     model = ErnieMForTokenClassification.from_pretrained(folder)
     with torch.inference_mode():
         model(torch.tensor([[0, 5, 2]]), attention_mask=torch.ones(1, 3, dtype=torch.long))
@@ -281,7 +287,8 @@ class Fuzzer:
         for number in range(first, end):
             signal.alarm(SECONDS_A_CASE)
             target = self._work / "case"
-            shutil.rmtree(target, ignore_errors=True)
+            for folder in (target, self._work / "converted"):
+                shutil.rmtree(folder, ignore_errors=True)
             case = make_case(self._seed, number, self._root, target)
             told = [number, case.form, case.file, case.damage, outcome(case, self._tensors)]
             file.write(json.dumps(told).encode() + b"\n")
