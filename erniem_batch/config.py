@@ -34,8 +34,8 @@ class PredictorConfig:
     """One model for one task.
 
     Args:
-        model: a model folder; its URL (s3, gs, az); org/name of the Hugging Face hub; or `demo`
-            for the one that comes with the package.
+        model: a model folder; its URL (s3, gs, az); hf://org/name of the Hugging Face hub; or
+            `demo` for the one that comes with the package.
         options: of the task, and by their class which task of `erniem_batch.tasks` to run.
         detect_language: find out the language of each text, for thresholds by language.
         window_tokens: longest model input, special tokens included.

@@ -358,7 +358,7 @@ def pipeline(task: str, model: str = DEMO, **options: Any) -> Any:
     Args:
         task: ner (or token-classification), text-classification, zero-shot-classification,
             multiple-choice, question-answering, feature-extraction or extract.
-        model: a model folder, its URL, org/name on the Hugging Face Hub, or "demo".
+        model: a model folder, its URL, hf://org/name of the Hugging Face Hub, or "demo".
         options: of the task (see `erniem_batch.options`) and of the predictor (see
             PredictorConfig): aggregation_strategy, schema, min_score, device, dtype, …;
             `max_seq_len` is window_tokens, `doc_stride` is overlap_tokens.

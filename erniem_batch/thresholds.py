@@ -9,8 +9,11 @@ import yaml
 
 from erniem_batch import storage
 from erniem_batch.errors import ConfigError
+from erniem_batch.model.files import short_reason, short_repr
 
 ANY = "*"
+MAX_BYTES = 1 << 20
+MAX_NUMBERS = 100_000
 
 
 class Thresholds:
@@ -61,7 +64,7 @@ def _number(value: Any, where: str = "") -> float:
     wrong = isinstance(value, bool) or not isinstance(value, int | float)
     if wrong or not 0 <= value <= 1:
         place = f" for {where!r}" if where else ""
-        raise ConfigError(f"min_score must be from 0 to 1, got {value!r}{place}")
+        raise ConfigError(f"min_score must be from 0 to 1, got {short_repr(value)}{place}")
     return float(value)
 
 
@@ -71,24 +74,51 @@ def read_thresholds(path: str) -> dict[str, Any]:
     Raises:
         ConfigError: no such file, or not a mapping of this form.
     """
-    data = path.encode() if path.lstrip().startswith("{") else storage.read(storage.normal(path))
-    if data is None:
-        raise ConfigError(f"--min-score: there is no file {path}")
+    data = path.encode() if path.lstrip().startswith("{") else _read(path)
+    if len(data) > MAX_BYTES:
+        raise ConfigError(f"--min-score: expected at most {MAX_BYTES:,} bytes, got {len(data):,}")
     try:
         text = data.decode("utf-8")
         # In YAML every name stays a string: "no" is Norwegian, not false.
         is_json = PurePosixPath(path).suffix.lower() == ".json"
         content = json.loads(text) if is_json else yaml.load(text, Loader=yaml.BaseLoader)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"--min-score {path}: not valid JSON or YAML: {error}") from None
+        raise ConfigError(
+            f"--min-score {path}: not valid JSON or YAML: {short_reason(error)}"
+        ) from None
     if not isinstance(content, Mapping):
         raise ConfigError(f"--min-score {path}: expected a mapping from labels to numbers")
+    _check_size(path, content)
     try:
         numbers: dict[str, Any] = with_numbers(content)
         Thresholds(numbers)
     except ConfigError as error:
         raise ConfigError(f"--min-score {path}: {error}") from None
     return numbers
+
+
+def _read(path: str) -> bytes:
+    url = storage.normal(path)
+    info = storage.stat(url)
+    if info is not None and info.size > MAX_BYTES:
+        raise ConfigError(
+            f"--min-score {path}: expected at most {MAX_BYTES:,} bytes, got {info.size:,}"
+        )
+    data = storage.read(url)
+    if data is None:
+        raise ConfigError(f"--min-score: there is no file {path}")
+    return data
+
+
+def _check_size(path: str, content: Mapping[str, Any]) -> None:
+    """Two levels of at most MAX_NUMBERS numbers: YAML can name a mapping many times."""
+    languages = [inner for inner in content.values() if isinstance(inner, Mapping)]
+    if any(isinstance(item, Mapping | list) for inner in languages for item in inner.values()):
+        raise ConfigError(f"--min-score {path}: expected a number for each label of a language")
+    if (n := len(content) + sum(map(len, languages))) > MAX_NUMBERS:
+        raise ConfigError(
+            f"--min-score {path}: expected at most {MAX_NUMBERS:,} numbers, got {n:,}"
+        )
 
 
 def with_numbers(value: Any) -> Any:

@@ -32,7 +32,8 @@ class EvaluateConfig:
             run in --predictions.
         predictions: Output folder or URL of a finished batch run, or Parquet or JSONL files with
             its columns.
-        model: Run this model over --gold instead: a model folder, its URL, org/name, or "demo".
+        model: Run this model over --gold instead: a model folder, its URL, hf://org/name, or
+            "demo".
         gold: Parquet or JSONL files, folders or globs with annotated rows, joined with the
             predictions by id (and language, where an id stands in several). Repeatable. Default:
             the gold columns that the run has carried into its output.

@@ -19,6 +19,7 @@ from erniem_batch.evaluate.ner import NerScorer
 from erniem_batch.evaluate.scorers import Figures, Scorer, known
 from erniem_batch.evaluate.values import passing
 from erniem_batch.gold import Annotated
+from erniem_batch.model.files import read_json_object
 from erniem_batch.thresholds import ANY, Thresholds
 
 Booleans = npt.NDArray[np.bool_]
@@ -275,7 +276,7 @@ def require_config(model: str) -> Path:
 
 def write_default(path: Path, task: str, min_score: float) -> None:
     """Recommends a threshold for a task in a model's config.json."""
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json_object(path)
     tasks = config.get("task_specific_params") or {}
     config["task_specific_params"] = {
         **tasks,

@@ -45,8 +45,8 @@ class JobConfig:
             repeatable. Default: sample texts that come with the package.
         output: Folder or URL for the results. A run into the folder of an earlier one goes on where
             that ended, and takes only files that are new or changed. Needed with --input.
-        model: Model folder of transformers or PaddleNLP, its URL, org/name on the Hugging Face Hub,
-            or "demo".
+        model: Model folder of transformers or PaddleNLP, its URL, hf://org/name of the
+            Hugging Face Hub, or "demo".
         columns: Input columns to carry into the output, comma-separated. Default: all.
         limit: Stop after so many rows of the input.
         input_format: Default: by file name (.parquet; .jsonl, .ndjson or .json, also with .gz or

@@ -49,7 +49,7 @@ from erniem_batch.job.stream import stream
 from erniem_batch.job.units import (
     find_files,
 )
-from erniem_batch.model.fetch import local_folder, model_digest
+from erniem_batch.model.fetch import local_folder, model_digest, name_elsewhere
 from erniem_batch.options import demo_data, options_of
 from erniem_batch.predictor import Predictor
 
@@ -187,7 +187,7 @@ def _go_on(
             output=folder.output,
             fingerprint=info.fingerprint,
             model_digest=digest,
-            predictor=config.predictor,
+            predictor=replace(config.predictor, model=name_elsewhere(config.model, model)),
         )
         work = tag_units(folder, info, state.todo, assignment, lease, on_receipt)
         state = folder.assess(units, info)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from erniem_batch.errors import ConfigError
+from erniem_batch.model.files import short_repr
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -69,7 +70,9 @@ def get_activation(hidden_act: str | Activation) -> Activation:
         return ACTIVATIONS[hidden_act]
     except (KeyError, TypeError):
         known = ", ".join(sorted(ACTIVATIONS))
-        raise ConfigError(f"hidden_act must be one of {known}, got {hidden_act!r}") from None
+        raise ConfigError(
+            f"hidden_act must be one of {known}, got {short_repr(hidden_act)}"
+        ) from None
 
 
 def activate_(activation: Activation, x: Tensor) -> Tensor:

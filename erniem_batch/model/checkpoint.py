@@ -6,25 +6,24 @@ ours (`to_our_names`), and refuses a folder that does not match the model exactl
 A compact form of our own, for small downloads, is `to_int8`.
 """
 
-import json
 import logging
-import pickle
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from erniem_batch.errors import CheckpointError, ConfigError
 from erniem_batch.model.config import ErnieMConfig
+from erniem_batch.model.files import MAX_JSON_BYTES, read_shard_names, short_reason
 from erniem_batch.model.overlay import BASE_KEY, base_folder, base_name, relative_base
+from erniem_batch.model.paddle_file import read_paddle
+from erniem_batch.model.torch_file import read_torch
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +42,8 @@ _EMBEDDING = re.compile(r"_embeddings\.weight$")
 STORAGES = ("int8",)
 STORAGE_KEY = "weight_storage"
 _INT8, _SCALE = ".int8", ".int8_scale"
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # Heads stay floats: they are small, and their rows are few.
 _STORED_AS_INT8 = re.compile(r"^(ernie_m\.)?(embeddings|encoder\.layers|pooler\.dense)\.")
@@ -267,16 +268,27 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
     """
     readers: list[tuple[str, Callable[[Path], dict[str, Tensor]]]] = [
         ("model.safetensors", _read_safetensors),
-        ("pytorch_model.bin", _read_torch),
-        ("model_state.pdparams", _read_pdparams),
+        ("pytorch_model.bin", read_torch),
+        ("model_state.pdparams", read_paddle),
     ]
     for name, read in readers:
         for paths in (_single(folder / name), _shards(folder / f"{name}.index.json")):
             if paths:
-                return {key: tensor for path in paths for key, tensor in read(path).items()}
+                return _merged(paths, read)
     names = ", ".join(name for name, _ in readers)
-    found = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "no folder"
+    found = _shorten(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "no folder"
     raise CheckpointError(f"{folder}: expected one of {names} (or its .index.json), found {found}")
+
+
+def _merged(paths: Sequence[Path], read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of all files."""
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        found = read(path)
+        if twice := sorted(tensors.keys() & found.keys()):
+            raise CheckpointError(f"{path}: holds tensors of another shard: {_shorten(twice)}")
+        tensors |= found
+    return tensors
 
 
 def _single(path: Path) -> list[Path]:
@@ -286,96 +298,35 @@ def _single(path: Path) -> list[Path]:
 def _shards(index: Path) -> list[Path]:
     if not index.is_file():
         return []
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: not an index with a weight_map: {error}") from error
+    suffix = Path(index.name.removesuffix(".index.json")).suffix
+    names = sorted(set(read_shard_names(index, suffix).values()))
     paths = [index.parent / name for name in names]
     absent = [path.name for path in paths if not path.is_file()]
     if absent:
-        raise CheckpointError(f"{index}: shards are missing: {', '.join(absent)}")
+        raise CheckpointError(f"{index}: shards are missing: {_shorten(absent)}")
     return paths
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    _check_header(path)
     try:
         stored = load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: damaged or not a safetensors file: {error}") from error
+    except Exception as error:  # types of numbers and sizes that torch lacks raise many things
+        raise CheckpointError(
+            f"{path}: damaged or not a safetensors file: {short_reason(error)}"
+        ) from error
     return from_int8(stored, path)
 
 
-def _read_torch(path: Path) -> dict[str, Tensor]:
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as first:
-        try:  # the format of torch before 1.6 cannot be mapped
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise CheckpointError(f"{path}: cannot be read safely: {error}") from first
-    if not isinstance(loaded, Mapping):
-        raise CheckpointError(f"{path}: expected a mapping of tensors, got {type(loaded).__name__}")
-    return {name: tensor for name, tensor in loaded.items() if isinstance(tensor, Tensor)}
-
-
-class _ArrayUnpickler(pickle._Unpickler):
-    """Builds numpy arrays and plain containers; anything else in the file is refused.
-
-    It is the one in Python, as torch's is: where a damaged file names its billionth object, the one
-    in C makes a table for a billion of them, and the machine runs out of memory.
-    """
-
-    _allowed: ClassVar[set[tuple[str, str]]] = {
-        (f"numpy.{core}.multiarray", name)
-        for core in ("core", "_core")
-        for name in ("_reconstruct", "scalar")
-    } | {
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
-        ("collections", "OrderedDict"),
-        ("_codecs", "encode"),
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._allowed:
-            raise CheckpointError(
-                f"refused: the file wants to run {module}.{name}; a weights file holds arrays only"
-            )
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-
-
-def _read_pdparams(path: Path) -> dict[str, Tensor]:
+def _check_header(path: Path) -> None:
+    """The library reads a header of up to 100 MB and makes objects of it."""
     with path.open("rb") as file:
-        values = _unpickle(file, path)
-    tensors = {}
-    for name, value in values.items():
-        if isinstance(value, tuple) and len(value) == 2:  # some versions store (name, array)
-            value = value[1]
-        if isinstance(value, np.ndarray):
-            tensors[str(name)] = _tensor_from_paddle(value)
-    return tensors
-
-
-def _unpickle(file: IO[bytes], path: Path) -> Mapping[str, Any]:
-    try:
-        values = _ArrayUnpickler(file, encoding="latin1").load()
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    except Exception as error:  # a damaged pickle can raise anything
+        n_bytes = int.from_bytes(file.read(8), "little")
+    if n_bytes > MAX_JSON_BYTES:
         raise CheckpointError(
-            f"{path}: damaged or not a PaddleNLP weights file: {error}"
-        ) from error
-    if not isinstance(values, Mapping):
-        raise CheckpointError(f"{path}: expected a mapping of arrays, got {type(values).__name__}")
-    return values
-
-
-def _tensor_from_paddle(array: np.ndarray) -> Tensor:
-    if array.dtype == np.uint16:  # how Paddle stores bfloat16
-        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
-    if array.dtype.kind not in "fiub":
-        raise CheckpointError(f"a tensor of the unknown kind {array.dtype}")
-    return torch.from_numpy(np.ascontiguousarray(array))
+            f"{path}: damaged or not a safetensors file: expected a header of at most "
+            f"{MAX_JSON_BYTES:,} bytes, got {n_bytes:,}"
+        )
 
 
 # ---- int8 rows --------------------------------------------------------------------------------
@@ -545,10 +496,11 @@ def _rename(name: str) -> str:
 
 def _is_transposed(tensors: Mapping[str, Tensor], guess: bool) -> bool:
     for name, tensor in tensors.items():
-        if name.endswith("layers.0.linear1.weight") and tensor.size(0) != tensor.size(1):
-            bias = tensors.get(name.replace("weight", "bias"))
-            if bias is not None:
-                return tensor.size(0) != bias.size(0)
+        if not name.endswith("layers.0.linear1.weight") or tensor.ndim != 2:
+            continue  # what is no matrix is refused later, by its name
+        bias = tensors.get(name.replace("weight", "bias"))
+        if tensor.size(0) != tensor.size(1) and bias is not None and bias.ndim == 1:
+            return tensor.size(0) != bias.size(0)
     return guess
 
 
@@ -586,6 +538,12 @@ def _check(
         for what, names in (("missing", missing), ("unexpected", unexpected))
         if names
     ]
+    no_floats = sorted(
+        name for name in tensors.keys() & wanted.keys() if tensors[name].dtype not in _FLOATS
+    )
+    if no_floats:
+        types = [f"{n} is {str(tensors[n].dtype).removeprefix('torch.')}" for n in no_floats]
+        problems.append(f"{len(no_floats)} tensors that are not floats ({_shorten(types)})")
     if wrong_shape:
         shapes = [
             f"{n} is {tuple(tensors[n].shape)}, expected {tuple(wanted[n].shape)}"

@@ -14,12 +14,30 @@ from torch import Tensor
 
 from erniem_batch.errors import CheckpointError, ConfigError
 from erniem_batch.model.activations import get_activation
+from erniem_batch.model.files import read_json, short_repr
 
 MASK_MODES = ("pad", "paddle", "paddle_padded")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 # PaddleNLP adds 2 to every position id, so the first two rows of the table are never used.
 POSITION_OFFSET = 2
+
+# The largest ErnieM has 24 layers, a hidden size of 1,024 and 250,002 words. A file with numbers
+# above these limits is refused before memory for them is allocated.
+MAX_SIZES = {
+    "vocab_size": 1 << 20,
+    "hidden_size": 1 << 16,
+    "num_hidden_layers": 256,
+    "num_attention_heads": 1 << 12,
+    "intermediate_size": 1 << 18,
+    "max_position_embeddings": 1 << 17,
+    "num_labels": 100_000,
+}
+# PaddleNLP nests one level.
+MAX_NESTED = 4
+MAX_DIGITS = 9
+# What float32 holds.
+MAX_FLOAT = 1e38
 
 # PaddleNLP name -> ours. PaddleNLP's ErnieM has no act_dropout and no layer_norm_eps.
 _FOREIGN_NAMES = {"num_classes": "num_labels", "dropout": "classifier_dropout"}
@@ -82,12 +100,13 @@ class ErnieMConfig:
             for layer, heads in _int_keys("pruned_heads", self.pruned_heads).items()
         }
         object.__setattr__(self, "pruned_heads", pruned)
+        known_heads = set(range(self.num_attention_heads))
         for layer, heads in pruned.items():
-            known_heads = set(range(self.num_attention_heads))
             if layer not in range(self.num_hidden_layers) or not set(heads) < known_heads:
                 raise ConfigError(
-                    f"pruned_heads[{layer}]={heads} does not fit {self.num_hidden_layers} layers "
-                    f"of {self.num_attention_heads} heads (at least one head must stay)"
+                    f"pruned_heads[{layer}]={short_repr(heads)} does not fit "
+                    f"{self.num_hidden_layers} layers of {self.num_attention_heads} heads "
+                    "(at least one head must stay)"
                 )
 
     def _check_numbers(self) -> None:
@@ -103,7 +122,8 @@ class ErnieMConfig:
         _require_int("pad_token_id", self.pad_token_id, minimum=0)
         if self.pad_token_id >= self.vocab_size:
             raise ConfigError(
-                f"pad_token_id={self.pad_token_id} is not below vocab_size={self.vocab_size}"
+                f"pad_token_id={short_repr(self.pad_token_id)} is not below "
+                f"vocab_size={self.vocab_size}"
             )
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
@@ -117,15 +137,18 @@ class ErnieMConfig:
                 _require_probability(name, getattr(self, name))
         for name in ("initializer_range", "layer_norm_eps"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
-                raise ConfigError(f"{name} must be a number >= 0, got {value!r}")
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not 0 <= value < MAX_FLOAT:
+                raise ConfigError(f"{name} must be a number >= 0, got {short_repr(value)}")
         for name in ("output_hidden_states", "output_attentions", "return_dict"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        if isinstance(self.architectures, str) or not isinstance(
-            self.architectures, Sequence | None
-        ):
-            raise ConfigError(f"architectures must be a list of names, got {self.architectures!r}")
+                raise ConfigError(
+                    f"{name} must be true or false, got {short_repr(getattr(self, name))}"
+                )
+        if self.architectures is not None and not _is_names(self.architectures):
+            raise ConfigError(
+                f"architectures must be a list of names, got {short_repr(self.architectures)}"
+            )
         get_activation(self.hidden_act)
         _require_choice("mask_mode", self.mask_mode, MASK_MODES)
         if self.problem_type is not None:
@@ -134,10 +157,12 @@ class ErnieMConfig:
     def _set_labels(self) -> None:
         if self.id2label is not None:
             given = _int_keys("id2label", self.id2label)
-            id2label = {index: str(label) for index, label in given.items()}
-            if sorted(id2label) != list(range(len(id2label))) or not id2label:
+            _require_int("the number of labels in id2label", len(given), 1, MAX_SIZES["num_labels"])
+            id2label = {index: _label(index, label) for index, label in given.items()}
+            if sorted(id2label) != list(range(len(id2label))):
                 raise ConfigError(
-                    f"id2label must number its labels 0, 1, 2, …; got the keys {sorted(id2label)}"
+                    f"id2label must number its labels 0, 1, 2, …; got the keys "
+                    f"{short_repr(sorted(id2label))}"
                 )
             id2label = dict(sorted(id2label.items()))
         else:
@@ -192,7 +217,7 @@ class ErnieMConfig:
         flat = _flatten_paddle(values)
         model_type = flat.pop("model_type", "ernie_m")
         if model_type not in ("ernie_m", "ernie-m"):
-            raise ConfigError(f"model_type must be 'ernie_m', got {model_type!r}")
+            raise ConfigError(f"model_type must be 'ernie_m', got {short_repr(model_type)}")
         if flat.pop("is_decoder", False):
             raise ConfigError(
                 "is_decoder=true: ErnieM is an encoder and cannot be used as a decoder"
@@ -205,7 +230,7 @@ class ErnieMConfig:
         if ours.get("pruned_heads") is None:
             ours.pop("pruned_heads", None)
         if ours.get("id2label") is None and isinstance(ours.get("label2id"), Mapping):
-            ours["id2label"] = {str(i): label for label, i in ours["label2id"].items()} or None
+            ours["id2label"] = _inverted(ours["label2id"]) or None
         hidden_size = ours.get("hidden_size", cls.hidden_size)
         architectures = ours.get("architectures")
         is_uie = isinstance(architectures, list) and "UIEM" in architectures
@@ -229,9 +254,8 @@ class ErnieMConfig:
             path = Path(folder) / name
             if path.is_file():
                 try:
-                    values = json.loads(path.read_text(encoding="utf-8"))
-                    return cls.from_dict(values)
-                except (ValueError, TypeError) as error:  # wrong encoding or JSON, and ConfigError
+                    return cls.from_dict(read_json(path))
+                except (ValueError, TypeError) as error:  # ConfigError is one
                     raise CheckpointError(f"{path}: {error}") from error
         raise CheckpointError(
             f"{folder}: expected a model folder with config.json (or PaddleNLP's "
@@ -244,13 +268,15 @@ class ErnieMConfig:
         (Path(folder) / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _flatten_paddle(values: Mapping[str, Any]) -> dict[str, Any]:
+def _flatten_paddle(values: Mapping[str, Any], level: int = 0) -> dict[str, Any]:
     """PaddleNLP's legacy nested model_config.json as one flat mapping; others unchanged."""
+    if level > MAX_NESTED:
+        raise ConfigError(f"init_args must be nested at most {MAX_NESTED} levels deep")
     flat = dict(values)
     init_args = flat.pop("init_args", [])
     for item in init_args if isinstance(init_args, list) else [init_args]:
         if isinstance(item, Mapping):
-            for name, value in _flatten_paddle(item).items():
+            for name, value in _flatten_paddle(item, level + 1).items():
                 flat.setdefault(name, value)
     init_class = flat.pop("init_class", None)
     if init_class is not None:
@@ -269,29 +295,58 @@ def _listing(folder: Path) -> str:
 
 def _int_keys(name: str, mapping: Any) -> dict[int, Any]:
     """The mapping with its keys, which JSON writes as strings, as integers."""
-    try:
-        return {int(key): value for key, value in mapping.items()}
-    except (AttributeError, TypeError, ValueError):
-        raise ConfigError(f"{name} must be a mapping with whole numbers, got {mapping!r}") from None
+    if not isinstance(mapping, Mapping) or not all(map(_is_index, mapping)):
+        raise ConfigError(f"{name} must be a mapping with whole numbers, got {short_repr(mapping)}")
+    found = {int(key): value for key, value in mapping.items()}
+    if len(found) < len(mapping):
+        raise ConfigError(f"{name} must name each number once, got {short_repr(mapping)}")
+    return found
+
+
+def _is_index(key: Any) -> bool:
+    if isinstance(key, str):
+        return len(key) <= MAX_DIGITS and key.isascii() and key.isdecimal()
+    return isinstance(key, int) and not isinstance(key, bool)
+
+
+def _inverted(label2id: Mapping[str, Any]) -> dict[str, str]:
+    if not all(_is_index(index) for index in label2id.values()):
+        raise ConfigError(f"label2id must hold whole numbers, got {short_repr(label2id)}")
+    return {str(index): label for label, index in label2id.items()}
+
+
+def _label(index: int, label: Any) -> str:
+    if isinstance(label, Mapping | list | tuple):
+        raise ConfigError(f"id2label[{index}] must be a name, got {short_repr(label)}")
+    return str(label)
+
+
+def _is_names(names: Any) -> bool:
+    is_list = isinstance(names, Sequence) and not isinstance(names, str)
+    return is_list and all(isinstance(name, str) for name in names)
 
 
 def _sorted_ints(name: str, values: Any) -> list[int]:
-    try:
-        return sorted(map(int, values))
-    except (TypeError, ValueError):
-        raise ConfigError(f"{name} must hold lists of whole numbers, got {values!r}") from None
+    is_list = isinstance(values, Sequence | set | frozenset) and not isinstance(values, str)
+    if not is_list or not all(isinstance(value, int) for value in values):
+        raise ConfigError(f"{name} must hold lists of whole numbers, got {short_repr(values)}")
+    return sorted(values)
 
 
-def _require_int(name: str, value: Any, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ConfigError(f"{name} must be an integer >= {minimum}, got {value!r}")
+def _require_int(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
+    maximum = maximum or MAX_SIZES.get(name)
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if not is_whole or value < minimum:
+        raise ConfigError(f"{name} must be an integer >= {minimum}, got {short_repr(value)}")
+    if maximum is not None and value > maximum:
+        raise ConfigError(f"{name} must be at most {maximum:,}, got {short_repr(value)}")
 
 
 def _require_probability(name: str, value: Any) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
-        raise ConfigError(f"{name} must be a number from 0 to 1, got {value!r}")
+        raise ConfigError(f"{name} must be a number from 0 to 1, got {short_repr(value)}")
 
 
 def _require_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {short_repr(value)}")

@@ -33,6 +33,7 @@ from erniem_batch.model.checkpoint import (
     to_our_names,
 )
 from erniem_batch.model.config import ErnieMConfig
+from erniem_batch.model.files import read_json
 from erniem_batch.model.heads import HEADS
 from erniem_batch.model.overlay import BASE_KEY, base_folder
 from erniem_batch.text.tokenizer import SPECIAL_TOKENS, VOCAB_FILE, ErnieMTokenizer
@@ -275,8 +276,8 @@ def _tokenizer_of(folder: Path, layout: str, **changes: Any) -> ErnieMTokenizer 
 
 def _states(folder: Path, file: str, key: str) -> bool:
     try:
-        values = json.loads((folder / f"{file}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        values = read_json(folder / f"{file}.json")
+    except CheckpointError:
         return False  # whoever needs the file says what is wrong with it
     return isinstance(values, dict) and key in values
 

@@ -10,17 +10,19 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Iterable
 from functools import lru_cache
+from glob import escape
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
 from erniem_batch import storage
 from erniem_batch.config import CACHE_VARIABLE, DEMO, cache_folder
 from erniem_batch.errors import ConfigError, StorageError
-from erniem_batch.model.overlay import base_folder, base_name
+from erniem_batch.model.files import is_model_file, short_repr
+from erniem_batch.model.overlay import BASE_KEY, base_folder, base_name
 from erniem_batch.options import demo_model
 from erniem_batch.storage import FileInfo
 
@@ -31,26 +33,12 @@ HUB_SCHEME = "hf"
 # Where a training of several tasks puts what their heads share.
 ENCODER = "encoder"
 
-# Configuration, vocabulary and tokenizer settings, weights of any format that is read.
-MODEL_FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "*.bin", "*.pdparams")
-# Of these: what a training leaves beside a model, hidden files, texts for people, folders.
-OTHER_FILES = (
-    ".*",
-    "README*",
-    "*_results.json",
-    "optimizer*",
-    "scheduler*",
-    "trainer_state.json",
-    "training_args.*",
-    "*/*",
-)
-
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
-
-def is_model_file(name: str) -> bool:
-    """Whether a file, by its path within a folder, is a part of the model there."""
-    return _matches(name, MODEL_FILES) and not _matches(name, OTHER_FILES)
+# Files of weights by format, best first, as `checkpoint.tensors_of` looks for them.
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model_state.pdparams")
+_WEIGHT_SUFFIXES = tuple(Path(name).suffix for name in _WEIGHTS)
 
 
 def local_folder(model: str, task: str) -> Path:
@@ -58,7 +46,8 @@ def local_folder(model: str, task: str) -> Path:
 
     Args:
         model: `demo`; a folder; `s3://`, `gs://`, `az://` or `file://` and the URL of a folder;
-            `hf://org/name`, `hf://org/name@revision` or `org/name` for the Hugging Face hub.
+            `hf://org/name` or `hf://org/name@revision` for the Hugging Face hub. `org/name` means
+            the hub as well, with a warning, unless there is a file or folder `org`.
         task: which demo model is meant by `demo`.
 
     Raises:
@@ -76,12 +65,36 @@ def local_folder(model: str, task: str) -> Path:
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
-    if _HUB_NAME.fullmatch(model):
+    if _HUB_NAME.fullmatch(model) and not _is_there(Path(model).parent):
+        logger.warning(
+            "model=%s is no folder here and is taken from the Hugging Face hub: write hf://%s for "
+            "a model of the hub, ./%s for a folder",
+            *(model, model, model),
+        )
         return _from_hub(model, model, None)
     raise ConfigError(
         f"model={model!r} is not a folder: give the path of a model folder of transformers or "
         f"PaddleNLP, its URL ({', '.join(STORAGE_SCHEMES)}), hf://org/name, or {DEMO!r}"
     )
+
+
+def name_elsewhere(model: str, folder: Path) -> str:
+    """A name that stands for the same model in other processes and on other machines.
+
+    A model of the hub is named with its commit. The path of a folder is marked as one, so that a
+    machine that lacks the folder does not ask the hub for it.
+
+    Args:
+        model: as `local_folder` takes it.
+        folder: that `local_folder` gave for it.
+    """
+    scheme, _, rest = model.rpartition("://")
+    is_relative = not scheme and not model.startswith(("/", ".", "~"))
+    if model == DEMO or (not is_relative and scheme != HUB_SCHEME):
+        return model
+    if not scheme and Path(model).is_dir():
+        return f"./{model}"
+    return f"{HUB_SCHEME}://{rest.partition('@')[0]}@{folder.name}"
 
 
 def head_url(model: str, name: str) -> str | None:
@@ -131,10 +144,6 @@ def _file_digest(path: Path, size: int, mtime_ns: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
 # ---- object storage ---------------------------------------------------------------------------
 
 
@@ -146,7 +155,7 @@ def _with_base(url: str) -> Path:
         return folder
     above, _, base_of_url = name.partition("/")
     parent, _, own = url.rpartition("/")
-    if above != ".." or "/" in base_of_url or base_of_url in ("", "..", own):
+    if above != ".." or "/" in base_of_url or base_of_url in ("", ".", "..", own):
         raise ConfigError(
             f"{url}: its base_model {name!r} is not beside it; by URL only a base of the form "
             f'"../NAME" can be fetched'
@@ -225,26 +234,79 @@ def _copy(info: FileInfo, path: Path) -> None:
 
 
 def _from_hub(model: str, name: str, revision: str | None) -> Path:
-    """A snapshot in the hub's own cache."""
+    """A snapshot of one commit in the hub's own cache, with the files that are read here."""
     try:
-        from huggingface_hub import snapshot_download
+        import huggingface_hub as hub
     except ImportError as error:
         raise ConfigError(
             f"model={model!r} is no folder here; to take it from the Hugging Face hub: "
             "pip install 'erniem-batch[hub]'"
         ) from error
     try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=list(MODEL_FILES),
-                ignore_patterns=list(OTHER_FILES),
-            )
-        )
+        found = _find_on_hub(hub, name, revision)
+        if found is None:
+            folder = Path(hub.snapshot_download(name, revision=revision, local_files_only=True))
+        else:
+            commit, files = found
+            patterns = [escape(file) for file in files]
+            folder = Path(hub.snapshot_download(name, revision=commit, allow_patterns=patterns))
     except (OSError, ValueError) as error:  # of the network, or no such name or revision
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
             f"model={model!r} is no folder here, and the Hugging Face hub does not give it: "
             f"{type(error).__name__}: {reason}"
         ) from error
+    if (base := base_name(folder)) is not None:
+        raise ConfigError(
+            f"model={model!r}: its {BASE_KEY} {base!r} is not in it; only a model that stands "
+            "alone can be taken from the hub"
+        )
+    logger.info(
+        "model=hf://%s revision=%s commit=%s; for this version again: hf://%s@%s",
+        *(name, revision or "main", folder.name, name, folder.name),
+    )
+    return folder
+
+
+def _find_on_hub(hub: Any, name: str, revision: str | None) -> tuple[str, list[str]] | None:
+    """The commit of a revision and its files to read; None: the hub cannot be reached.
+
+    Raises:
+        OSError, ValueError: there is no such name or revision.
+        ConfigError: there are no files of a model.
+    """
+    try:
+        info = hub.HfApi().model_info(name, revision=revision)
+    except (hub.utils.HfHubHTTPError, ValueError):
+        raise
+    except Exception as error:  # of the library that speaks HTTP, which depends on the version
+        logger.warning(
+            "the Hugging Face hub cannot be reached, looking in its cache: %s",
+            type(error).__name__,
+        )
+        return None
+    files = _files_to_read(sibling.rfilename for sibling in info.siblings or ())
+    if not isinstance(info.sha, str) or not _COMMIT.fullmatch(info.sha):
+        raise ValueError(f"expected a commit of 40 digits, got {short_repr(info.sha)}")
+    if not files:
+        raise ConfigError(f"model='{HUB_SCHEME}://{name}': there are no files of a model")
+    return info.sha, files
+
+
+def _files_to_read(names: Iterable[str]) -> list[str]:
+    """The files of a model, of weights only those of the format that is read."""
+    files = sorted(filter(is_model_file, names))
+    for weights, suffix in zip(_WEIGHTS, _WEIGHT_SUFFIXES, strict=True):
+        index = f"{weights}.index.json"
+        if weights in files or index in files:
+            others = [s for s in _WEIGHT_SUFFIXES if s != suffix or weights in files]
+            return [
+                file
+                for file in files
+                if file == weights or not file.removesuffix(".index.json").endswith(tuple(others))
+            ]
+    return files
+
+
+def _is_there(path: Path) -> bool:
+    return path.is_symlink() or path.exists()

@@ -5,13 +5,14 @@ those of the base, and the tokenizer is the base's. Such a folder is small, but 
 reads it: `save_pretrained` of the loaded model writes an ordinary one.
 """
 
-import json
 import os
 from pathlib import Path, PurePosixPath
 
 from erniem_batch.errors import CheckpointError
+from erniem_batch.model.files import MAX_NAME_CHARS, read_json, short_repr
 
 BASE_KEY = "base_model"
+MAX_PATH_CHARS = 1_000
 
 
 def base_name(folder: Path) -> str | None:
@@ -21,18 +22,28 @@ def base_name(folder: Path) -> str | None:
         CheckpointError: not a relative path.
     """
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        values = read_json(folder / "config.json")
+    except CheckpointError:
         return None  # whoever needs the config says what is wrong with it
     name = values.get(BASE_KEY) if isinstance(values, dict) else None
     if name is None:
         return None
-    if not isinstance(name, str) or not name or "://" in name or PurePosixPath(name).is_absolute():
+    if not _is_relative(name):
         raise CheckpointError(
             f"{folder}: {BASE_KEY} must be the relative path of a model folder beside this one, "
-            f'such as "../model"; got {name!r}'
+            f'such as "../model"; got {short_repr(name)}'
         )
-    return name
+    return str(name)
+
+
+def _is_relative(name: object) -> bool:
+    if not isinstance(name, str) or not name or len(name) > MAX_PATH_CHARS:
+        return False
+    is_path = name.isprintable() and "\\" not in name and "://" not in name
+    names = PurePosixPath(name)
+    return (
+        is_path and not names.is_absolute() and all(len(p) <= MAX_NAME_CHARS for p in names.parts)
+    )
 
 
 def base_folder(folder: Path) -> Path | None:

@@ -48,8 +48,9 @@ class ModelConfig(Strict):
 
     Attributes:
         name: by which requests ask for it.
-        model: a model folder, its URL, org/name on the Hugging Face Hub, or `demo`; or the output
-            of a training of several tasks. What its heads have in common is held once.
+        model: a model folder, its URL, hf://org/name of the Hugging Face Hub, or `demo`;
+            or the output of a training of several tasks. What its heads have in common is held
+            once.
         tasks: what it is to do; default: all that it can.
         options: for each task, instead of the defaults; requests may give others.
         window_tokens, overlap_tokens, max_batch_tokens, dtype, detect_language: see

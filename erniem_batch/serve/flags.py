@@ -19,8 +19,8 @@ class ServeFlags:
     """A service from the command line.
 
     Args:
-        model: Model folder, its URL, org/name on the Hugging Face Hub, or "demo"; or the output of
-            a training of several tasks.
+        model: Model folder, its URL, hf://org/name of the Hugging Face Hub, or "demo";
+            or the output of a training of several tasks.
         tasks: What to serve, comma-separated. Default: all that the model can.
         config: YAML file with all settings (those of `args` in deploy/serve.yaml): several models,
             options, autoscaling. Instead of --model, --tasks and the numbers of CPUs and GPUs.

@@ -1,5 +1,6 @@
 """From options to a task: the one place that knows all tasks."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from erniem_batch.config import PredictorConfig
@@ -49,12 +50,16 @@ def min_score_of(config: PredictorConfig, model_config: ErnieMConfig) -> float |
     asked: float | dict[str, Any] | None = getattr(config.options.resolved(), "min_score", None)
     if asked is not None:
         return asked
+    where = f"task_specific_params.{config.task} in config.json"
     params = model_config.extra.get("task_specific_params") or {}
-    value: float | dict[str, Any] = (params.get(config.task) or {}).get("min_score", 0.0)
+    of_task = (params.get(config.task) or {}) if isinstance(params, Mapping) else None
+    if not isinstance(of_task, Mapping):
+        raise ConfigError(f"{where}: expected an object")
+    value: float | dict[str, Any] = of_task.get("min_score", 0.0)
     try:
         Thresholds(value)
     except ConfigError as error:
-        raise ConfigError(f"task_specific_params.{config.task} in config.json: {error}") from None
+        raise ConfigError(f"{where}: {error}") from None
     return value
 
 

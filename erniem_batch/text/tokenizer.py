@@ -4,6 +4,7 @@ The ids are those of transformers 4.40.2 (or of PaddleNLP with `lone_underline="
 offsets, which the reference cannot give, are always exact.
 """
 
+import io
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 import sentencepiece
 
 from erniem_batch.errors import CheckpointError, ConfigError
+from erniem_batch.model.files import read_bytes, read_json_object, short_repr
 from erniem_batch.model.overlay import base_folder
 from erniem_batch.text.pieces import UNDERLINE, IntArray, PieceTable
 from erniem_batch.text.segments import (
@@ -31,6 +33,21 @@ SPECIAL_TOKENS = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_toke
 TRUNCATIONS = ("longest_first", "only_first", "only_second", "do_not_truncate")
 PADDINGS = ("longest", "max_length", "do_not_pad")
 _SIDES = ("left", "right")
+
+# sentencepiece.bpe.model and vocab.txt of ErnieM are 5 MB each, with 250,002 tokens.
+MAX_TOKENIZER_BYTES = 64 << 20
+MAX_TOKENS = 1 << 20
+MAX_ADDED_TOKENS = 10_000
+# The most that SentencePiece allows.
+MAX_NBEST = 512
+
+# What the settings of a tokenizer_config.json must be.
+_TYPES: dict[str, type] = {
+    "do_lower_case": bool,
+    "split_special_tokens": bool,
+    "sp_model_kwargs": dict,
+    **dict.fromkeys(SPECIAL_TOKENS, str),
+}
 
 
 class Encoding(dict[str, Any]):
@@ -115,15 +132,20 @@ class ErnieMTokenizer:
 
     def _build(self) -> None:
         """What follows from the settings; done again after unpickling."""
+        if not self._sentencepiece_model:  # the library takes it for no argument
+            raise CheckpointError("not a SentencePiece model: it is empty")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(
                 model_proto=self._sentencepiece_model
             )
-        except (RuntimeError, OSError) as error:
+            pieces = self._processor.id_to_piece(list(range(self._processor.get_piece_size())))
+        except (
+            RuntimeError,
+            OSError,
+            ValueError,
+        ) as error:  # ValueError: pieces that are not UTF-8
             raise CheckpointError(f"not a SentencePiece model: {error}") from error
-        lines = self._vocab_lines
-        if lines is None:
-            lines = self._processor.id_to_piece(list(range(self._processor.get_piece_size())))
+        lines = pieces if self._vocab_lines is None else self._vocab_lines
         self._vocab = {token: index for index, token in enumerate(lines)}
         self._added = dict(self._given_added_tokens)
         for token in self.all_special_tokens:  # those the vocabulary lacks come after it
@@ -184,13 +206,15 @@ class ErnieMTokenizer:
         if not model_path.is_file():
             raise CheckpointError(f"{folder}: expected a tokenizer file {SENTENCEPIECE_FILE}")
         settings: dict[str, Any] = {"lone_underline": "paddle" if _is_paddle(folder) else "hf"}
-        settings.update(_settings(_read_json(folder / "tokenizer_config.json"), folder))
-        settings.setdefault("added_tokens", {}).update(_read_json(folder / "added_tokens.json"))
-        vocab = None
-        if vocab_path.is_file():
-            with vocab_path.open(encoding="utf-8") as lines:
-                vocab = [line.rstrip("\n") for line in lines]
-        return cls(model_path.read_bytes(), vocab, **{**settings, **changes})
+        settings.update(_settings(read_json_object(folder / "tokenizer_config.json"), folder))
+        settings["added_tokens"].update(read_json_object(folder / "added_tokens.json"))
+        _check_added_tokens(settings["added_tokens"], folder)
+        vocab = _read_vocab(vocab_path) if vocab_path.is_file() else None
+        model = read_bytes(model_path, MAX_TOKENIZER_BYTES)
+        try:
+            return cls(model, vocab, **{**settings, **changes})
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: {error}") from error
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the vocabulary files and settings, readable by transformers 4.40.2."""
@@ -705,24 +729,32 @@ def _to_tensors(columns: dict[str, list[Any]], kind: str | None) -> dict[str, An
 # ---- folders ----------------------------------------------------------------------------------
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+def _read_vocab(path: Path) -> list[str]:
+    """The lines of a vocab.txt.
+
+    Raises:
+        CheckpointError: the file is too large, has too many lines or is not UTF-8.
+    """
+    content = io.BytesIO(read_bytes(path, MAX_TOKENIZER_BYTES))
+    lines: list[str] = []
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not UTF-8 or not JSON
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
+        for line in io.TextIOWrapper(content, encoding="utf-8"):
+            if len(lines) == MAX_TOKENS:
+                raise CheckpointError(f"{path}: expected at most {MAX_TOKENS:,} lines")
+            lines.append(line.rstrip("\n"))
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: not UTF-8: {error}") from error
+    return lines
 
 
 def _is_paddle(folder: Path) -> bool:
     """Whether PaddleNLP wrote the folder."""
     if any((folder / name).exists() for name in ("model_state.pdparams", "model_config.json")):
         return True
-    config = _read_json(folder / "config.json")
-    return "paddlenlp_version" in config or "UIEM" in (config.get("architectures") or ())
+    config = read_json_object(folder / "config.json")
+    architectures = config.get("architectures")
+    is_uie = isinstance(architectures, list) and "UIEM" in architectures
+    return is_uie or "paddlenlp_version" in config
 
 
 def _settings(stored: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -739,18 +771,68 @@ def _settings(stored: dict[str, Any], folder: Path) -> dict[str, Any]:
     settings = {name: stored[name] for name in names if stored.get(name) is not None}
     for name in SPECIAL_TOKENS:  # written as an object by some versions
         if isinstance(settings.get(name), dict):
-            settings[name] = settings[name]["content"]
+            settings[name] = settings[name].get("content")
+    for name, expected in _TYPES.items():
+        value = settings.get(name, expected())
+        is_empty = name in SPECIAL_TOKENS and name in settings and not value
+        if not isinstance(value, expected) or is_empty:
+            raise CheckpointError(
+                f"{folder}: tokenizer_config.json: {name} must be of the type "
+                f"{expected.__name__} and not empty, got {short_repr(value)}"
+            )
+    _check_sampling(settings.get("sp_model_kwargs", {}), folder)
     length = stored.get("model_max_length")
     if isinstance(length, int) and 0 < length <= DEFAULT_MAX_LENGTH:
         # Larger values are "no limit" (transformers) or wrong by two (PaddleNLP's 514).
         settings["model_max_length"] = length
+    settings["added_tokens"] = _added_tokens(stored.get("added_tokens_decoder") or {}, folder)
+    return settings
+
+
+def _added_tokens(stored: Any, folder: Path) -> dict[str, int]:
+    """Ids by token from the added_tokens_decoder of a tokenizer_config.json."""
+    if not isinstance(stored, dict):
+        raise CheckpointError(f"{folder}: added_tokens_decoder must be an object")
     added = {}
-    for index, token in (stored.get("added_tokens_decoder") or {}).items():
+    for index, token in stored.items():
+        if not isinstance(token, dict) or not index.isdecimal() or len(index) > 9:
+            raise CheckpointError(
+                f"{folder}: added token {short_repr(index)} must be an object with a number as key"
+            )
         if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
             raise CheckpointError(
                 f"{folder}: added token {index} uses lstrip, rstrip or single_word, "
                 f"which is not supported"
             )
+        if not isinstance(token.get("content"), str):
+            raise CheckpointError(f"{folder}: added token {index} has no content")
         added[token["content"]] = int(index)
-    settings["added_tokens"] = added
-    return settings
+    return added
+
+
+def _check_added_tokens(added: Mapping[str, Any], folder: Path) -> None:
+    if len(added) > MAX_ADDED_TOKENS:
+        raise CheckpointError(
+            f"{folder}: expected at most {MAX_ADDED_TOKENS:,} added tokens, got {len(added):,}"
+        )
+    for token, index in added.items():
+        is_index = isinstance(index, int) and not isinstance(index, bool)
+        if not token or not is_index or not 0 <= index < MAX_TOKENS:
+            raise CheckpointError(
+                f"{folder}: added token {short_repr(token)}: expected a text and a number below "
+                f"{MAX_TOKENS:,}, got {short_repr(index)}"
+            )
+
+
+def _check_sampling(options: Mapping[str, Any], folder: Path) -> None:
+    """SentencePiece takes what it is given and fails at the first text."""
+    limits = {"nbest_size": (int, -1, MAX_NBEST), "alpha": (int | float, 0, 100)}
+    is_right = isinstance(options.get("enable_sampling", False), bool)
+    for name, (expected, low, high) in limits.items():
+        value = options.get(name, low)
+        is_right &= isinstance(value, expected) and low <= value <= high
+    if not is_right:
+        raise CheckpointError(
+            f"{folder}: sp_model_kwargs: expected enable_sampling as true or false, nbest_size "
+            f"from -1 to {MAX_NBEST} and alpha from 0 to 100, got {short_repr(options)}"
+        )

@@ -27,9 +27,9 @@ class FinetuneConfig:
     a value without TASK= is for all of them.
 
     Args:
-        model: Model folder, its URL, org/name on the Hugging Face Hub, or "demo": what to start
-            from; or the output of a training of several tasks. A head it has already is trained on,
-            if it has the same labels.
+        model: Model folder, its URL, hf://org/name of the Hugging Face Hub, or "demo":
+            what to start from; or the output of a training of several tasks. A head it has already
+            is trained on, if it has the same labels.
         train: Annotated Parquet or JSONL: files, folders, globs or URLs. See the README for the
             columns of each task.
         output: Folder or URL for the new model. Run again after an interruption, it goes on.

@@ -1,12 +1,15 @@
 import builtins
 import hashlib
 import io
+import json
 import os
 import shutil
 import subprocess
 import sys
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import huggingface_hub
 import pytest
@@ -278,41 +281,193 @@ def test_the_hub_needs_its_package(model, monkeypatch):
         local_folder(model)
 
 
+@pytest.fixture
+def hub():
+    """A hub on this machine with the repository org/name, as the real one answers."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.files, server.asked = dict(HUB_FILES), []
+    thread = Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+HUB_FILES = {
+    **MODEL,
+    **dict.fromkeys(OTHERS, b"other"),
+    "pytorch_model.bin": b"larger",
+    "model_state.pdparams": b"larger",
+    "tf_model.h5": b"larger",
+    "modeling_remote.py": b"raise SystemExit",
+    "onnx/model.json": b"{}",
+}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Two calls: what a revision holds, and a file of a commit."""
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        parts = self.path.split("/")
+        if self.path == "/api/models/org/name":
+            return self._tell("main")
+        if self.path.startswith("/api/models/org/name/revision/"):
+            return self._tell(parts[-1])
+        if self.path.startswith(f"/org/name/resolve/{COMMIT}/") and parts[-1] in self.server.files:
+            return self._send(self.server.files[parts[-1]])
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def _tell(self, revision):
+        if revision not in ("main", "v1.0", COMMIT):
+            return self._send(b"{}", 404, {"X-Error-Code": "RevisionNotFound"})
+        siblings = [{"rfilename": name} for name in self.server.files]
+        told = {"id": "org/name", "modelId": "org/name", "sha": COMMIT, "siblings": siblings}
+        self._send(json.dumps(told).encode(), headers={"Content-Type": "application/json"})
+
+    def _send(self, content, status=200, headers=None):
+        self.send_response(status)
+        tag = f'"{hashlib.md5(content).hexdigest()}"'
+        sent = {"Content-Length": str(len(content)), "ETag": tag, "X-Repo-Commit": COMMIT}
+        for name, value in {**sent, **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+ASK = """
+import json, logging, sys
+logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
+from erniem_batch.errors import ConfigError
+from erniem_batch.model.fetch import local_folder, name_elsewhere
+try:
+    folder = local_folder(sys.argv[1], "ner")
+    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+    print(json.dumps([folder.name, found, name_elsewhere(sys.argv[1], folder)]))
+except ConfigError as error:
+    print(json.dumps(str(error)))
+"""
+
+
+@pytest.fixture
+def ask(hub, tmp_path):
+    """What another process gets by a name: it reads the address of the hub when it starts."""
+
+    def call(model, **changes):
+        there = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+            "HF_HOME": str(tmp_path / "hub"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "PYTHONPATH": str(PACKAGE_PARENT),
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", ASK, model],
+            cwd=tmp_path,
+            env={**os.environ, **there, **changes},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+        return json.loads(done.stdout), done.stderr
+
+    return call
+
+
+def test_a_model_of_the_hub_is_pinned_and_only_what_is_read_is_fetched(hub, ask):
+    (commit, files, elsewhere), log = ask("hf://org/name")
+    assert (commit, files) == (COMMIT, sorted(MODEL)), "one format of weights, no code"
+    assert elsewhere == f"hf://org/name@{COMMIT}"
+    assert f"revision=main commit={COMMIT}; for this version again: hf://org/name@{COMMIT}" in log
+    assert "WARNING" not in log
+    # A commit that is in the cache needs no hub.
+    again, log = ask(f"hf://org/name@{COMMIT}", HF_HUB_OFFLINE="1")
+    assert again == [COMMIT, sorted(MODEL), elsewhere]
+    assert "cannot be reached, looking in its cache" in log
+
+
+def test_a_revision_and_one_that_is_not_there(hub, ask):
+    assert ask("hf://org/name@v1.0")[0][0] == COMMIT
+    assert "/api/models/org/name/revision/v1.0" in hub.asked
+    message, _ = ask("hf://org/name@v9")
+    assert "hub does not give it: RevisionNotFoundError: 404" in message
+
+
+def test_a_bare_name_of_the_hub_comes_with_a_warning(hub, ask, tmp_path):
+    (commit, _, elsewhere), log = ask("org/name")
+    assert (commit, elsewhere) == (COMMIT, f"hf://org/name@{COMMIT}")
+    assert "WARNING erniem_batch.model.fetch model=org/name is no folder here" in log
+    assert "write hf://org/name for a model of the hub, ./org/name for a folder" in log
+
+
+@pytest.mark.parametrize("name", ["hf://org/absent", "org/absent"])
+def test_a_name_that_the_hub_does_not_know(ask, name):
+    assert "hub does not give it: RepositoryNotFoundError: 404" in ask(name)[0]
+
+
+def test_a_path_that_is_not_there_never_becomes_a_download(tmp_path, monkeypatch):
+    """A misspelt folder was asked for on the hub, where anybody may have taken its name."""
+    monkeypatch.setattr(fetch, "_from_hub", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.chdir(tmp_path)
+    Path("models").mkdir()
+    Path("link").symlink_to("nowhere")
+    Path("file").touch()
+    for model in ("models/ner", "link/ner", "file/ner", "./org/name", "../org/name", "~/name"):
+        with pytest.raises(ConfigError, match=r"is not a folder.*hf://org/name"):
+            local_folder(model)
+    for model in ("org/name/", "/org/name", "org\\name/x", "org/name@main"):
+        with pytest.raises(ConfigError, match="is not a folder"):
+            local_folder(model)
+
+
+def test_the_name_of_a_folder_stays_one_elsewhere(tmp_path, monkeypatch):
+    """On a machine without the folder, org/name would be asked for on the hub."""
+    monkeypatch.chdir(tmp_path)
+    Path("org/name").mkdir(parents=True)
+    for model, there in (
+        ("org/name", "./org/name"),
+        ("./org/name", "./org/name"),
+        (str(tmp_path), str(tmp_path)),
+        ("demo", "demo"),
+        (_url(tmp_path), _url(tmp_path)),
+    ):
+        assert fetch.name_elsewhere(model, Path("org/name")) == there
+
+
 @pytest.mark.parametrize(
-    ("model", "revision"),
+    ("names", "weights"),
     [
-        ("org/name", None),
-        ("hf://org/name", None),
-        ("hf://org/name@v1.0", "v1.0"),
-        ("hf://org/name@refs/pr/1", "refs/pr/1"),
+        ({"model.safetensors", "model.fp16.safetensors"}, {"model.safetensors"}),
+        ({"model-1.safetensors", "model.safetensors.index.json", "pytorch_model.bin"}, None),
+        ({"pytorch_model.bin", "adapter.safetensors"}, {"pytorch_model.bin"}),
+        ({"model_state.pdparams"}, {"model_state.pdparams"}),
     ],
 )
-def test_a_name_on_the_hub(model, revision, monkeypatch, tmp_path):
-    calls = []
-
-    def snapshot_download(name, **options):
-        calls.append((name, options))
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert local_folder(model) == tmp_path
-    ((name, options),) = calls
-    assert (name, options["revision"]) == ("org/name", revision)
-    patterns = {key: options[key] for key in ("allow_patterns", "ignore_patterns")}
-    paths = [*MODEL, *OTHERS, "tf_model.h5", "pytorch_model.bin", "onnx/model.json"]
-    assert list(huggingface_hub.utils.filter_repo_objects(paths, **patterns)) == [
-        path for path in paths if is_model_file(path)
-    ]
+def test_the_best_format_of_the_hub_is_taken(names, weights):
+    expected = weights or {"model-1.safetensors", "model.safetensors.index.json"}
+    others = {"config.json", "vocab.txt", "sentencepiece.bpe.model"}
+    assert set(fetch._files_to_read(names | others)) == expected | others
 
 
-@pytest.mark.parametrize("error", [OSError, ValueError])
-def test_a_name_that_the_hub_does_not_know(error, monkeypatch):
-    def snapshot_download(name, **options):
-        raise error("404\nRepository Not Found")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with pytest.raises(ConfigError, match=r"hub does not give it: \w+: 404$"):
-        local_folder("org/absent")
+def test_an_overlay_is_not_taken_from_the_hub(monkeypatch, tmp_path):
+    """Its base would be a folder of this machine that a stranger chose."""
+    (tmp_path / "config.json").write_text('{"base_model": "../../home"}')
+    monkeypatch.setattr(fetch, "_find_on_hub", lambda *_: (COMMIT, ["config.json"]))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(ConfigError, match="only a model that stands alone"):
+        local_folder("hf://org/name")
 
 
 # ---- digest -----------------------------------------------------------------------------------
