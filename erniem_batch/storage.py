@@ -39,6 +39,7 @@ READ_BYTES = 4 << 20
 # Beyond the end of a slice a line has to be finished: small steps are enough.
 STEP_BYTES = 64 << 10
 DELETING_THREADS = 16
+TEMPORARY_BYTES = 100  # of the name of a file, in that of its temporary one
 CONNECT_SECONDS = 10
 SILENT_SECONDS = 60
 
@@ -160,6 +161,10 @@ def _storage_errors(path: str, doing: str) -> Iterator[None]:
         if not (isinstance(error, OSError) or is_remote(path)):
             raise
         what, hint = "failed", ""
+        if isinstance(error, IsADirectoryError):
+            hint = ": a folder stands where a file is expected, move it away"
+        elif isinstance(error, NotADirectoryError | FileExistsError):
+            hint = ": a file stands where a folder is expected, move it away"
         if isinstance(error, PermissionError) or _status(error) in ("401", "403"):
             what = "is not permitted"
             hint = "; check the credentials in the environment" if is_remote(path) else ""
@@ -373,6 +378,20 @@ def read_table(path: str) -> pa.Table:
         return pq.read_table(pa.PythonFile(source, mode="r"))
 
 
+def sha256_of(path: str) -> str:
+    """Read a file and return its SHA-256 in hexadecimal digits.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        StorageError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with InputFile(path) as source:
+        while data := source.fetch(READ_BYTES):
+            digest.update(data)
+    return digest.hexdigest()
+
+
 # ---- writing ----------------------------------------------------------------------------------
 
 
@@ -393,11 +412,12 @@ def new_file(path: str) -> Iterator[IO[bytes]]:
                 _filesystem(_scheme(path)).put_file(file.name, path)
         return
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    # A part of the name is enough: the whole one with these additions may be too long.
+    temporary = target.with_name(f".{_beginning(target.name)}.{uuid.uuid4().hex}.tmp")
     try:
         with _storage_errors(path, "writing"):
             target.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
+            with temporary.open("w+b") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -405,6 +425,10 @@ def new_file(path: str) -> Iterator[IO[bytes]]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _beginning(name: str) -> str:
+    return os.fsencode(name)[:TEMPORARY_BYTES].decode(errors="ignore")
 
 
 def unfinished(folder: str) -> Iterator[str]:
@@ -424,7 +448,40 @@ def write(path: str, data: bytes) -> None:
 def write_table(path: str, table: pa.Table) -> None:
     """Replaces a Parquet file, or makes it, in one step."""
     with new_file(path) as file:
-        pq.write_table(table, file, compression="zstd")
+        pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+
+
+class Hashed:
+    """A new file that is hashed while it is written from its beginning to its end.
+
+    Args:
+        file: of `new_file`.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self.closed = False
+
+    def write(self, data: Any) -> int:
+        """Write bytes, or anything with a buffer of bytes."""
+        self._digest.update(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        """The number of bytes that have been written."""
+        return self._file.tell()
+
+    def flush(self) -> None:
+        """Hand what was written to the system."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Do nothing: the owner of the file closes it."""
+
+    def sha256(self) -> str:
+        """The SHA-256 of all that was written, in hexadecimal digits."""
+        return self._digest.hexdigest()
 
 
 def delete(paths: Iterable[str]) -> None:

@@ -25,7 +25,7 @@ from erniem_batch.job.metrics import ActorMetrics
 from erniem_batch.job.read import UnitReader
 from erniem_batch.job.units import Unit
 from erniem_batch.job.watchdog import Watchdog
-from erniem_batch.job.write import Marks, add_predictions, read_marks, write_tables
+from erniem_batch.job.write import COUNTS, Marks, add_predictions, read_marks, write_tables
 from erniem_batch.model.fetch import local_folder, model_digest
 from erniem_batch.predictor import Predictor
 from erniem_batch.records import Failure, Outcome, Prediction, Record
@@ -42,7 +42,6 @@ STAGES = {
     "decode": "decode",
     "write": "write",
 }
-COUNTS = ("n_rows", "n_ok", "n_dead", "n_found", "n_tokens", "n_windows", "n_truncated")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +55,7 @@ class Receipt:
         n_found: entities, answers or whatever the task finds.
         n_bytes: read from storage.
         output_bytes: size of the output file.
+        sha256: Of the output file; empty if it is not known, since another process wrote it.
         found: whether it was done already.
         findings: what was found in it, counted, see `Findings`.
     """
@@ -75,6 +75,7 @@ class Receipt:
     seconds: float = 0.0
     found: bool = False
     findings: str = ""
+    sha256: str = ""
 
 
 _ARROW_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
@@ -84,12 +85,23 @@ RECEIPT_SCHEMA = SENT_SCHEMA.remove(SENT_SCHEMA.get_field_index("findings"))
 
 
 def receipt_of_file(output: str, name: str, unit_id: str, fingerprint: str) -> Receipt | None:
-    """The receipt of a unit whose output file stands already, else None."""
+    """The receipt of a unit whose output file stands already, else None.
+
+    A Parquet file cannot hold its own SHA-256, so that it is read for it: no more than what the
+    ledger does not know of, which is what was finished in the last seconds of a run that died.
+    """
     marks = read_marks(output, name)
     info = storage.stat(storage.join(output, name)) if marks is not None else None
     if marks is None or info is None or (marks.unit, marks.fingerprint) != (unit_id, fingerprint):
         return None
-    found = Receipt(unit_id, name, output_bytes=info.size, found=True, findings=marks.findings)
+    found = Receipt(
+        unit_id,
+        name,
+        output_bytes=info.size,
+        found=True,
+        findings=marks.findings,
+        sha256=marks.sha256 or storage.sha256_of(storage.join(output, name)),
+    )
     return replace(found, **marks.counts)  # type: ignore[arg-type]
 
 
@@ -197,7 +209,7 @@ class UnitTagger:
         config = run.config
         reader = UnitReader.of_job(config, unit, run.schema)
         tally = _Tally(self._predictor.task)
-        n_written, n_bytes = write_tables(
+        n_written, n_bytes, digest = write_tables(
             run.output,
             name,
             self._tables(reader, tally, attempt),
@@ -214,6 +226,7 @@ class UnitTagger:
             output_bytes=n_bytes,
             seconds=time.perf_counter() - started,
             findings=tally.findings(),
+            sha256=digest,
         )
         self._metrics.unit_done(unit.id, receipt.seconds, reader.n_bytes)
         return replace(receipt, **tally.counts())  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from erniem_batch.errors import ConfigError
+from erniem_batch.errors import ConfigError, DamagedFile
 from erniem_batch.job.config import JobConfig
 from erniem_batch.job.letters import DEAD_LETTERS
 from erniem_batch.job.manifest import read_manifest
@@ -48,7 +48,7 @@ def open_run(
         ConfigError: the folder holds results of other settings.
     """
     info = run_info(folder, config, found, model, digest)
-    if info != folder.read_info():
+    if not folder.holds(info):
         folder.write_info(info)
     return info
 
@@ -62,8 +62,8 @@ def run_info(
     """
     predictor = config.predictor
     model_config = ErnieMConfig.from_pretrained(model)
-    before = folder.read_info()
-    generation = 1
+    before = _info_before(folder, config)
+    generation = 1 if before is not None else folder.newest_generation() + 1
     if before is not None:
         now = settings_of(config, predictor, model_config, digest, before.settings)
         same = fingerprint(now) == before.fingerprint
@@ -98,6 +98,17 @@ def run_info(
     )
 
 
+def _info_before(folder: RunFolder, config: JobConfig) -> RunInfo | None:
+    """The run that is there; with --overwrite one that cannot be read counts as none."""
+    try:
+        return folder.read_info()
+    except DamagedFile as error:
+        if not config.overwrite:
+            raise
+        logger.warning("starting anew, although %s", error)
+        return None
+
+
 def plan_run(
     folder: RunFolder,
     config: JobConfig,
@@ -111,7 +122,9 @@ def plan_run(
     Args:
         dry: what is new is not written down.
     """
-    plan = folder.read_plan(info.generation)
+    plan, lost = folder.sound_plan(info.generation)
+    if lost and (found is None or config.limit is not None):  # what it held is not known
+        raise next(iter(lost.values()))
     edition = folder.next_edition()
     if found is None:
         units = to_table(replay_units(folder, plan))
@@ -119,6 +132,9 @@ def plan_run(
         units = units.filter(pc.invert(pc.is_in(units["id"], plan["id"].combine_chunks())))
     else:
         units = _new_units(folder, config, info, found, plan, edition)
+    folder.require_known(info, pa.concat_tables([plan, with_edition(units, edition)]))
+    if not dry:
+        folder.set_aside(lost)
     if not len(units):
         return plan
     if dry:

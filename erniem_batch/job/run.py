@@ -50,7 +50,7 @@ from erniem_batch.job.units import (
     find_files,
 )
 from erniem_batch.model.fetch import local_folder, model_digest
-from erniem_batch.options import demo_data, options_of
+from erniem_batch.options import Options, demo_data, options_of
 from erniem_batch.predictor import Predictor
 
 logger = logging.getLogger(__name__)
@@ -117,14 +117,24 @@ def replay_job(
     if info is None or read_manifest(storage.normal(output)) is None:
         raise ConfigError(f"{output} holds no complete run: dead letters are replayed after it")
     known = {name: info.job[name] for name in JobConfig.__dataclass_fields__ if name in info.job}
-    known["options"] = options_of(info.job["task"], info.job["options"])
+    known["options"] = _options_of(info, output)
     # The gate that the last run did not pass is still there; one that it passed is behind it.
     last = folder.read_report() or {}
     shut = bool(last.get("exit_code"))
-    known["compare"] = last["compared_with"] if shut else None
-    known["fail_on_drift"] = shut and last["fail_on_drift"]
+    known["compare"] = last.get("compared_with") if shut else None
+    known["fail_on_drift"] = bool(shut and last.get("fail_on_drift"))
     config = JobConfig(**{**known, **changes, "output": output, "overwrite": False})
     return _run(config, on_receipt, replay=True)
+
+
+def _options_of(info: RunInfo, output: str) -> Options:
+    try:
+        return options_of(info.job["task"], info.job["options"])
+    except (KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{output}/_run/run.json does not hold the options of the run "
+            f"({type(error).__name__}): run the same command again"
+        ) from None
 
 
 def _run(config: JobConfig, on_receipt: OnReceipt | None, replay: bool) -> RunReport:

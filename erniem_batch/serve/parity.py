@@ -25,6 +25,7 @@ from erniem_batch.client import Client, Failed, ModelCard, Result, ServiceError
 from erniem_batch.errors import ConfigError, RecordError
 from erniem_batch.job.chunks import CONTENT_ERRORS
 from erniem_batch.job.config import COUNTED_COLUMNS, LANGUAGE_COLUMN, TASK_FIELDS, TEXT_FLAGS
+from erniem_batch.job.documents import parse_document
 from erniem_batch.job.jsonl import open_jsonl, parse_line, value_at
 from erniem_batch.job.manifest import MANIFEST, Entry, Manifest, read_manifest
 from erniem_batch.options import (
@@ -92,7 +93,9 @@ def read_run(output: str) -> Run:
     data = storage.read(storage.join(folder, RUN_INFO))
     if manifest is None or data is None:
         raise ConfigError(f"{output}: no finished batch run (no {MANIFEST} or no {RUN_INFO})")
-    info = json.loads(data)
+    remedy = "run the command of the run again, which writes it anew where it can"
+    fields = {"fingerprint": str, "settings": dict}
+    info = parse_document(data, storage.join(folder, RUN_INFO), fields, remedy)
     if info["fingerprint"] != manifest.fingerprint:
         raise ConfigError(
             f"{output}: a run with other settings has begun there: let it finish, then compare"
