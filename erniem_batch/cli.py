@@ -263,6 +263,29 @@ def status(output: str, *, watch: float | None = None) -> int:
 
 
 @app.command
+def verify(output: str) -> int:
+    """Read all results of a folder and say what is damaged, and how to repair it.
+
+    Compares sizes, checksums, numbers of rows, columns, offsets and dead letters with the manifest,
+    and names files that are missing or that no manifest names. Works on object storage too, and on
+    the output of compact. On stdout one line of JSON.
+
+    Exit codes: 0 sound, 1 damaged, 2 no folder of a completed run, 3 storage failed.
+
+    Args:
+        output: Folder or URL of the run.
+    """
+    from erniem_batch.job.verify import verify as verify_folder
+    from erniem_batch.job.view import show_verification
+
+    configure_logging()
+    found = verify_folder(output)
+    show_verification(found, Console(stderr=True))
+    print(found.as_line())
+    return found.exit_code
+
+
+@app.command
 def compact(
     output: str,
     *,

@@ -392,6 +392,32 @@ def sha256_of(path: str) -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def local_copy(path: str) -> Iterator[tuple[str, int, str]]:
+    """A local file with the content of a file, its size and its SHA-256.
+
+    A file of object storage is downloaded once and removed after the block.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        StorageError: it cannot be read.
+    """
+    if not is_remote(path):
+        info = stat(path)
+        if info is None:
+            raise FileNotFoundError(f"{path}: there is no such file")
+        yield path, info.size, sha256_of(path)
+        return
+    with tempfile.NamedTemporaryFile() as file:
+        digest = hashlib.sha256()
+        with InputFile(path) as source:
+            while data := source.fetch(READ_BYTES):
+                digest.update(data)
+                file.write(data)
+        file.flush()
+        yield file.name, file.tell(), digest.hexdigest()
+
+
 # ---- writing ----------------------------------------------------------------------------------
 
 

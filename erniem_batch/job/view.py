@@ -15,6 +15,7 @@ from erniem_batch.job.config import JobConfig
 if TYPE_CHECKING:
     from erniem_batch.job.forecast import Forecast
     from erniem_batch.job.status import Status
+    from erniem_batch.job.verify import Verification
 
 SHOWN_ROWS = 6
 SHOWN_CHARACTERS = 220
@@ -236,6 +237,30 @@ def _bars(title: str, shares: Mapping[str, float]) -> Table:
 
 
 # ---- how far ----------------------------------------------------------------------------------
+
+
+SHOWN_FAULTS = 20
+
+
+def show_verification(found: "Verification", console: Console) -> None:
+    """The outcome of `verify` in a few lines."""
+
+    def line(name: str, value: str, style: str = "bold") -> None:
+        console.print(f"[{style}]{name:>16}[/]  {escape(value)}", highlight=False, soft_wrap=True)
+
+    line("files", f"{found.files:,} with {found.rows:,} rows, {_bytes(found.bytes)}")
+    line("dead letters", f"{found.dead_letters:,} in {found.dead_letter_files:,} files")
+    line("checksums", f"{found.checksums:,} of {found.files:,} files have one")
+    if found.spans:
+        line("offsets", f"{found.spans:,} compared with their text")
+    for damage in found.damaged[:SHOWN_FAULTS]:
+        line("damaged", f"{damage.name}: {damage.what}: {damage.repair}", "bold red")
+    for name in found.unnamed[:SHOWN_FAULTS]:
+        line("not named", f"{name}: no part of the result", "bold red" if found.success else "bold")
+    more = len(found.damaged) + len(found.unnamed) - 2 * SHOWN_FAULTS
+    if more > 0:
+        line("and more", f"{len(found.damaged)} damaged, {len(found.unnamed)} not named")
+    line("verdict", "damaged" if found.exit_code else "sound", "bold")
 
 
 def show_status(found: "Status", console: Console) -> None:
