@@ -51,8 +51,8 @@ class FileInfo:
     Attributes:
         path: full path or URL.
         size: bytes.
-        version: changes when the content does: the ETag or generation; locally the size and the
-            time of change, by the clock of the file system, which may step by milliseconds.
+        version: changes when the content does: the ETag or generation; locally see
+            `_local_version`. Compare versions with `same_version`.
     """
 
     path: str
@@ -78,7 +78,57 @@ def normal(path: str) -> str:
             raise ConfigError(f"{path}: give {scheme}://container/path; {account}")
         _filesystem(scheme)
         return path.rstrip("/")
-    return str(Path(path).expanduser().absolute())
+    if path.startswith("~") and not os.path.lexists(path):
+        path = os.path.expanduser(path)
+    return _shown(str(Path(path).absolute()))
+
+
+def real(path: str) -> str:
+    """A normal path without symbolic links; a URL as it is."""
+    return path if is_remote(path) else _shown(os.path.realpath(_on_disk(path)))
+
+
+def for_output(path: str, flag: str = "--output") -> str:
+    """The normal path of a folder to write into.
+
+    Raises:
+        ConfigError: as `normal`; or the name is not UTF-8.
+    """
+    found = normal(path)
+    if _STOOD_IN.search(found) and not is_remote(found):
+        raise ConfigError(f"{flag} {found}: the name is not UTF-8: choose another one")
+    return found
+
+
+def is_pattern(path: str) -> bool:
+    """Whether a path has the characters of a pattern. An existing path is a path first."""
+    return any(char in path for char in "*?[")
+
+
+def exists(path: str) -> bool:
+    """Whether there is a file or folder of this name."""
+    with _storage_errors(path, "looking"):
+        if is_remote(path):
+            return bool(_filesystem(_scheme(path)).exists(path))
+        return os.path.exists(_on_disk(path))
+
+
+# A local name is bytes, and some are not UTF-8. Python has lone surrogates for those bytes, which
+# neither Arrow nor JSON can hold: here characters of the private use area stand for them.
+_STOOD_IN = re.compile("[\uf780-\uf7ff]")
+_SURROGATE = re.compile("[\udc80-\udcff]")
+_SHIFT = 0xF780 - 0xDC80
+
+
+def _shown(path: str) -> str:
+    return _SURROGATE.sub(lambda found: chr(ord(found[0]) + _SHIFT), path)
+
+
+def _on_disk(path: str) -> str:
+    """The path as the system knows it."""
+    if _STOOD_IN.search(path) is None or os.path.lexists(path):
+        return path
+    return _STOOD_IN.sub(lambda found: chr(ord(found[0]) - _SHIFT), path)
 
 
 def is_remote(path: str) -> bool:
@@ -221,13 +271,14 @@ def find(path: str) -> Iterator[FileInfo]:
                     # Consoles put empty objects where they show folders.
                     if info["type"] == "file" and not name.endswith("/"):
                         yield _remote_info(scheme, info)
-        elif os.path.isfile(path):
+        elif os.path.isfile(_on_disk(path)):
             yield _local_info(path)
         else:
-            for folder, _, names in os.walk(path, onerror=_unlistable, followlinks=True):
+            there = os.walk(_on_disk(path), onerror=_unlistable, followlinks=True)
+            for folder, _, names in there:
                 for name in names:
                     with suppress(FileNotFoundError):
-                        yield _local_info(os.path.join(folder, name))
+                        yield _local_info(_shown(os.path.join(folder, name)))
 
 
 def _unlistable(error: OSError) -> None:
@@ -244,7 +295,7 @@ def glob(pattern: str) -> list[str]:
             return sorted(f"{scheme}://{name}" for name in _filesystem(scheme).glob(pattern))
         import glob as local
 
-        return sorted(local.glob(pattern, recursive=True))
+        return sorted(map(_shown, local.glob(_on_disk(pattern), recursive=True)))
 
 
 def stat(path: str) -> FileInfo | None:
@@ -260,10 +311,32 @@ def stat(path: str) -> FileInfo | None:
 
 
 def _local_info(path: str) -> FileInfo:
-    state = os.stat(path)
+    state = os.stat(_on_disk(path))
     if not S_ISREG(state.st_mode):
         raise FileNotFoundError(f"{path}: no regular file")
-    return FileInfo(path, state.st_size, f"{state.st_mtime_ns}-{state.st_size}")
+    return FileInfo(path, state.st_size, _local_version(state))
+
+
+def _local_version(state: os.stat_result) -> str:
+    """The version of a local file: time of modification, size and time of change.
+
+    The time of modification is copied by `cp -p`, `rsync -t`, `touch -r` and archives, so that two
+    files of one size may have the same. The time of change (ctime) is set by the kernel whenever
+    content or attributes change, and no program can set it back. The number of the inode is not
+    used: an editor that writes in place keeps it, ext4 gives a free one to the next file, and on
+    network file systems the nodes of a cluster may see different ones. The price is that a restored
+    or copied file, or one with new owner, mode or hard links, counts as changed.
+    """
+    return f"{state.st_mtime_ns}-{state.st_size}-c{state.st_ctime_ns}"
+
+
+# The last part is absent in what older releases have written down.
+CHANGE_TIME = r"^(-?\d+-\d+)-c-?\d+$"
+
+
+def same_version(planned: str, now: str) -> bool:
+    """Whether a version that was written down, by an older release too, is that of now."""
+    return planned == now or planned == re.sub(CHANGE_TIME, r"\1", now)
 
 
 def _remote_info(scheme: str, info: dict[str, Any]) -> FileInfo:
@@ -280,7 +353,7 @@ def read(path: str) -> bytes | None:
         try:
             if is_remote(path):
                 return bytes(_filesystem(_scheme(path)).cat_file(path))
-            return Path(path).read_bytes()
+            return Path(_on_disk(path)).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
 
@@ -307,7 +380,7 @@ class InputFile(io.RawIOBase):
         self._at = 0
         if not is_remote(path):
             with _storage_errors(path, "opening"):
-                self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+                self._file = open(_on_disk(path), "rb", buffering=0)  # noqa: SIM115
 
     def readable(self) -> bool:
         return True

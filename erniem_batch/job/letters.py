@@ -160,7 +160,7 @@ def _place(letter: dict[str, Any]) -> Place:
 def _read_rest(reader: UnitReader, letter: dict[str, Any]) -> Iterator[Chunk]:
     unit = Unit.from_row(json.loads(letter["rest"]))
     info = storage.stat(unit.path)
-    if info is not None and info.version == unit.version:
+    if info is not None and storage.same_version(unit.version, info.version):
         yield from reader.slice_chunks(unit)
         return
     failure = Failure("", letter["stage"], letter["error"], letter["reason"])

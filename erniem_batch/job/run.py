@@ -20,6 +20,7 @@ from erniem_batch import storage
 from erniem_batch.errors import ConfigError, StorageError, fault_of
 from erniem_batch.job import attempts
 from erniem_batch.job.actor import Assignment, Receipt
+from erniem_batch.job.apart import require_apart, require_found_apart
 from erniem_batch.job.cluster import connect, is_connected
 from erniem_batch.job.config import JobConfig
 from erniem_batch.job.details import Comparison, dead_letters, details, files_with_rows, forecast_of
@@ -141,8 +142,8 @@ def _run(config: JobConfig, on_receipt: OnReceipt | None, replay: bool) -> RunRe
     with _stopped_by_sigterm():
         with _preflight():
             config = replace(config, options=config.options.resolved())
-            output = storage.normal(config.output or default_output(config.task))
-            found = None if replay else _find(config)
+            output = storage.for_output(config.output or default_output(config.task))
+            found = None if replay else _find(config, output)
             model = local_folder(config.model, config.task)
             digest = model_digest(model)
             lease = Lease(output).acquire()
@@ -231,9 +232,12 @@ def default_output(task: str) -> str:
     return f"out/{task}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _find(config: JobConfig) -> pa.Table:
+def _find(config: JobConfig, output: str) -> pa.Table:
     inputs = config.input or [str(demo_data(config.task))]
-    return find_files(inputs, config.input_format)
+    require_apart(inputs, output)
+    found = find_files(inputs, config.input_format)
+    require_found_apart(found, output)
+    return found
 
 
 @contextmanager

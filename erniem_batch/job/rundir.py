@@ -663,11 +663,15 @@ def changed_files(files: pa.Table, units: pa.Table) -> pa.Table:
         units: that count, see current_units.
     """
 
-    def identities(table: pa.Table) -> pa.Array:
-        return _flat(pc.binary_join_element_wise(table["path"], table["version"], "\n"))
+    def identities(table: pa.Table, versions: pa.ChunkedArray) -> pa.Array:
+        return _flat(pc.binary_join_element_wise(table["path"], versions, "\n"))
 
-    known = identities(units)
-    return files.filter(pc.invert(pc.is_in(identities(files), value_set=known)))
+    known = identities(units, units["version"])
+    now = files["version"]
+    # As `storage.same_version`: older releases have written down a part of the version.
+    older = pc.replace_substring_regex(now, storage.CHANGE_TIME, r"\1")
+    same = (pc.is_in(identities(files, v), value_set=known) for v in (now, older))
+    return files.filter(pc.invert(pc.or_(*same)))
 
 
 def removed_files(files: pa.Table, plan: pa.Table) -> list[str]:

@@ -213,7 +213,7 @@ def _read_jsonl(
     folder: str, manifest: Manifest, entry: Entry, local: str, checked: Checked, spans: "_Spans"
 ) -> None:
     path = sidecar(folder, entry.name)
-    data = storage.read(path)
+    data = _sidecar_of(path)
     if data is None:
         raise _Fault("its sidecar in _run/sidecars is missing")
     marks = _require_marks(Marks.decode(data, path), manifest, entry)
@@ -229,6 +229,15 @@ def _read_jsonl(
                 spans.begin_json(row)
             checked.n_spans += spans.check([row])
             checked.n_rows += 1
+
+
+def _sidecar_of(path: str) -> bytes | None:
+    try:
+        return storage.read(path)
+    except StorageError as error:
+        if not isinstance(error.__cause__, IsADirectoryError):
+            raise
+        raise _Fault(f"its sidecar {path} is a folder, which has to be moved away") from None
 
 
 def _require_marks(marks: Marks, manifest: Manifest, entry: Entry) -> Marks:

@@ -17,7 +17,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from erniem_batch import storage
@@ -37,6 +36,7 @@ from erniem_batch.options import (
     options_of,
 )
 from erniem_batch.serve.messages import NOT_ONLINE, TEXT_NAMES
+from erniem_batch.terminal import safe_markup
 
 Row = dict[str, Any]
 Items = list[dict[str, Any]]
@@ -601,13 +601,13 @@ def show(report: ParityReport, console: Console) -> None:
         table.add_row(name, *figures, style=style)
     console.print(table)
     for finding in report.findings:
-        console.print(f"[bold red]{escape(finding)}[/]", highlight=False, soft_wrap=True)
+        console.print(f"[bold red]{safe_markup(finding)}[/]", highlight=False, soft_wrap=True)
     for place in report.different[:SHOWN]:
         why = ", ".join(place.get("columns", ())) or f"refused: {place['error']}"
-        console.print(escape(f"{_shown(place)}  {why}"), highlight=False, soft_wrap=True)
+        console.print(safe_markup(f"{_shown(place)}  {why}"), highlight=False, soft_wrap=True)
     for place in report.answered_letters[:SHOWN]:
         text = f"{_shown(place)}  a dead letter of the run, answered by the service"
-        console.print(escape(text), highlight=False, soft_wrap=True)
+        console.print(safe_markup(text), highlight=False, soft_wrap=True)
     if report.n_letters:
         refused = report.n_letters - len(report.answered_letters)
         console.print(f"{refused:,} of {report.n_letters:,} dead letters refused as by the run")

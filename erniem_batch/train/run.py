@@ -15,6 +15,7 @@ from typing import Any
 
 from erniem_batch import storage
 from erniem_batch.errors import CheckpointError, ConfigError, JobError
+from erniem_batch.job.apart import require_apart
 from erniem_batch.job.cluster import SPARE_CPUS, connect_to
 from erniem_batch.model.config import ErnieMConfig
 from erniem_batch.options import flag_name
@@ -73,6 +74,9 @@ def finetune(config: FinetuneConfig) -> FinetuneReport:
         logger.info("nothing to do, the model is complete output=%s", config.output)
         return done
     _check_input(config)
+    for task in config.tasks:
+        require_apart(config.inputs(task), output, flag="--train", inside=False)
+        require_apart(config.dev_inputs(task), output, flag="--dev", inside=False)
     _claim(config, output)
     started = time.monotonic()
     _fit(config, output)
