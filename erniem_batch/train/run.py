@@ -73,10 +73,10 @@ def finetune(config: FinetuneConfig) -> FinetuneReport:
     if done is not None:
         logger.info("nothing to do, the model is complete output=%s", config.output)
         return done
-    _check_input(config)
     for task in config.tasks:
         require_apart(config.inputs(task), output, flag="--train", inside=False)
         require_apart(config.dev_inputs(task), output, flag="--dev", inside=False)
+    _check_input(config)
     _claim(config, output)
     started = time.monotonic()
     _fit(config, output)
