@@ -17,7 +17,6 @@ from typing import Annotated, Any, Literal
 import pyarrow as pa
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
-from rich.markup import escape
 
 from erniem_batch import __version__, storage
 from erniem_batch.columns import (
@@ -51,6 +50,7 @@ from erniem_batch.options import (
     QaOptions,
 )
 from erniem_batch.serve.flags import ServeFlags
+from erniem_batch.terminal import PrintableFormatter, printable_json, safe_markup
 from erniem_batch.train.config import FinetuneConfig
 
 EXIT_USAGE = 2
@@ -256,10 +256,33 @@ def status(output: str, *, watch: float | None = None) -> int:
     while True:
         found = status_of(output)
         show_status(found, Console(stderr=True))
-        print(found.as_line(), flush=True)
+        print(printable_json(found.as_line()), flush=True)
         if watch is None or found.state != RUNNING:
             return 0
         time.sleep(watch)
+
+
+@app.command
+def verify(output: str) -> int:
+    """Read all results of a folder and say what is damaged, and how to repair it.
+
+    Compares sizes, checksums, numbers of rows, columns, offsets and dead letters with the manifest,
+    and names files that are missing or that no manifest names. Works on object storage too, and on
+    the output of compact. On stdout one line of JSON.
+
+    Exit codes: 0 sound, 1 damaged, 2 no folder of a completed run, 3 storage failed.
+
+    Args:
+        output: Folder or URL of the run.
+    """
+    from erniem_batch.job.verify import verify as verify_folder
+    from erniem_batch.job.view import show_verification
+
+    configure_logging()
+    found = verify_folder(output)
+    show_verification(found, Console(stderr=True))
+    print(printable_json(found.as_line()))
+    return found.exit_code
 
 
 @app.command
@@ -286,7 +309,7 @@ def compact(
 
     configure_logging()
     report = compact_run(output, to, partition_by, target_mb)
-    print(report.as_line())
+    print(printable_json(report.as_line()))
     return 0
 
 
@@ -322,7 +345,7 @@ def _plan_command(task: str) -> Callable[..., int]:
         made = forecast(job, flags or PlanFlags())
         save(job, made)
         show_forecast(made, Console(stderr=True))
-        print(made.as_line())
+        print(printable_json(made.as_line()))
         return 0
 
     plan.__doc__ = f"""Tell what `erniem-batch {task}` would do with the same flags.
@@ -406,7 +429,7 @@ def finetune(config: Annotated[FinetuneConfig, Flat]) -> int:
     from erniem_batch.train.run import finetune as run_training
 
     configure_logging()
-    print(run_training(config).as_line())
+    print(printable_json(run_training(config).as_line()))
     return 0
 
 
@@ -501,7 +524,7 @@ def parity(
     with Client(endpoint, secret, timeout=timeout) as client:
         report = compare(output, client, n_rows=rows, tolerance=tolerance, seed=seed, model=model)
     show(report, Console(stderr=True))
-    print(report.as_line())
+    print(printable_json(report.as_line()))
     return report.exit_code
 
 
@@ -521,7 +544,7 @@ def token() -> int:
 def _finished(report: RunReport, with_table: bool = True) -> int:
     if with_table:
         print_summary(report, Console(stderr=True))
-    print(report.as_line())
+    print(printable_json(report.as_line()))
     return report.exit_code
 
 
@@ -566,7 +589,7 @@ def _leave(code: int) -> int:
 
 def _say(error: Exception) -> None:
     Console(stderr=True, highlight=False).print(
-        f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True
+        f"[bold red]error:[/] {safe_markup(str(error))}", soft_wrap=True
     )
 
 
@@ -582,7 +605,7 @@ class _JsonLines(logging.Formatter):
         }
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
+        return printable_json(json.dumps(line, ensure_ascii=False))
 
 
 def configure_logging(log_format: str = "text") -> None:
@@ -592,7 +615,7 @@ def configure_logging(log_format: str = "text") -> None:
         log_format: text or json.
     """
     handler = logging.StreamHandler()
-    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s")
+    text = PrintableFormatter("%(asctime)s %(levelname)s %(name)s %(message)s")
     handler.setFormatter(_JsonLines() if log_format == "json" else text)
     package = logging.getLogger("erniem_batch")
     package.handlers[:] = [handler]
@@ -626,15 +649,15 @@ def print_summary(report: RunReport, console: Console) -> None:
     if report.n_removed_inputs:
         rows.append(("inputs gone", f"{report.n_removed_inputs:,} (their results stay)"))
     for name, value in rows:
-        console.print(f"[bold]{name:>16}[/]  {escape(value)}", highlight=False, soft_wrap=True)
+        console.print(f"[bold]{name:>16}[/]  {safe_markup(value)}", highlight=False, soft_wrap=True)
     for receipt in report.failed_units:
-        what = escape(f"{receipt.output}: {receipt.error}")
+        what = safe_markup(f"{receipt.output}: {receipt.error}")
         console.print(f"[bold red]{'no output':>16}[/]  {what}", highlight=False, soft_wrap=True)
     for what in report.drifted:
-        console.print(f"[bold red]{'drifted':>16}[/]  {escape(what)}", soft_wrap=True)
+        console.print(f"[bold red]{'drifted':>16}[/]  {safe_markup(what)}", soft_wrap=True)
     if (why := report.unpublished) is not None:
         name = "incomplete" if report.n_missing else "not published"
-        console.print(f"[bold red]{name:>16}[/]  {escape(why)}", soft_wrap=True)
+        console.print(f"[bold red]{name:>16}[/]  {safe_markup(why)}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 ErnieMBatchError
 ├── ConfigError        a run or a model cannot start; the message names the field and the remedy
+│   └── DamagedFile    a file of a run folder cannot be read; the message names file and remedy
 ├── CheckpointError    a model folder is incomplete, damaged or of another shape
 ├── RecordError        one record is unusable; becomes a Failure, never stops a job
 ├── DeviceError        the device can no longer be used; the process must end
@@ -22,6 +23,10 @@ class ErnieMBatchError(Exception):
 
 class ConfigError(ErnieMBatchError, ValueError):
     """A setting is wrong; found before any work starts."""
+
+
+class DamagedFile(ConfigError):
+    """A file of a run folder is truncated, changed or not one of ours."""
 
 
 class CheckpointError(ErnieMBatchError):

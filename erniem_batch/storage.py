@@ -42,6 +42,7 @@ READ_BYTES = 4 << 20
 # Beyond the end of a slice a line has to be finished: small steps are enough.
 STEP_BYTES = 64 << 10
 DELETING_THREADS = 16
+TEMPORARY_BYTES = 100  # of the name of a file, in that of its temporary one
 CONNECT_SECONDS = 10
 SILENT_SECONDS = 60
 LOCK_SECONDS = 60
@@ -56,8 +57,8 @@ class FileInfo:
     Attributes:
         path: full path or URL.
         size: bytes.
-        version: changes when the content does: the ETag or generation; locally the size and the
-            time of change, by the clock of the file system, which may step by milliseconds.
+        version: changes when the content does: the ETag or generation; locally see
+            `_local_version`. Compare versions with `same_version`.
     """
 
     path: str
@@ -83,7 +84,57 @@ def normal(path: str) -> str:
             raise ConfigError(f"{path}: give {scheme}://container/path; {account}")
         _filesystem(scheme)
         return path.rstrip("/")
-    return str(Path(path).expanduser().absolute())
+    if path.startswith("~") and not os.path.lexists(path):
+        path = os.path.expanduser(path)
+    return _shown(str(Path(path).absolute()))
+
+
+def real(path: str) -> str:
+    """A normal path without symbolic links; a URL as it is."""
+    return path if is_remote(path) else _shown(os.path.realpath(_on_disk(path)))
+
+
+def for_output(path: str, flag: str = "--output") -> str:
+    """The normal path of a folder to write into.
+
+    Raises:
+        ConfigError: as `normal`; or the name is not UTF-8.
+    """
+    found = normal(path)
+    if _STOOD_IN.search(found) and not is_remote(found):
+        raise ConfigError(f"{flag} {found}: the name is not UTF-8: choose another one")
+    return found
+
+
+def is_pattern(path: str) -> bool:
+    """Whether a path has the characters of a pattern. An existing path is a path first."""
+    return any(char in path for char in "*?[")
+
+
+def exists(path: str) -> bool:
+    """Whether there is a file or folder of this name."""
+    with _storage_errors(path, "looking"):
+        if is_remote(path):
+            return bool(_filesystem(_scheme(path)).exists(path))
+        return os.path.exists(_on_disk(path))
+
+
+# A local name is bytes, and some are not UTF-8. Python has lone surrogates for those bytes, which
+# neither Arrow nor JSON can hold: here characters of the private use area stand for them.
+_STOOD_IN = re.compile("[\uf780-\uf7ff]")
+_SURROGATE = re.compile("[\udc80-\udcff]")
+_SHIFT = 0xF780 - 0xDC80
+
+
+def _shown(path: str) -> str:
+    return _SURROGATE.sub(lambda found: chr(ord(found[0]) + _SHIFT), path)
+
+
+def _on_disk(path: str) -> str:
+    """The path as the system knows it."""
+    if _STOOD_IN.search(path) is None or os.path.lexists(path):
+        return path
+    return _STOOD_IN.sub(lambda found: chr(ord(found[0]) - _SHIFT), path)
 
 
 def is_remote(path: str) -> bool:
@@ -166,6 +217,10 @@ def _storage_errors(path: str, doing: str) -> Iterator[None]:
         if not (isinstance(error, OSError) or is_remote(path)):
             raise
         what, hint = "failed", ""
+        if isinstance(error, IsADirectoryError):
+            hint = ": a folder stands where a file is expected, move it away"
+        elif isinstance(error, NotADirectoryError | FileExistsError):
+            hint = ": a file stands where a folder is expected, move it away"
         if isinstance(error, PermissionError) or _status(error) in ("401", "403"):
             what = "is not permitted"
             hint = "; check the credentials in the environment" if is_remote(path) else ""
@@ -222,13 +277,14 @@ def find(path: str) -> Iterator[FileInfo]:
                     # Consoles put empty objects where they show folders.
                     if info["type"] == "file" and not name.endswith("/"):
                         yield _remote_info(scheme, info)
-        elif os.path.isfile(path):
+        elif os.path.isfile(_on_disk(path)):
             yield _local_info(path)
         else:
-            for folder, _, names in os.walk(path, onerror=_unlistable, followlinks=True):
+            there = os.walk(_on_disk(path), onerror=_unlistable, followlinks=True)
+            for folder, _, names in there:
                 for name in names:
                     with suppress(FileNotFoundError):
-                        yield _local_info(os.path.join(folder, name))
+                        yield _local_info(_shown(os.path.join(folder, name)))
 
 
 def _unlistable(error: OSError) -> None:
@@ -245,7 +301,7 @@ def glob(pattern: str) -> list[str]:
             return sorted(f"{scheme}://{name}" for name in _filesystem(scheme).glob(pattern))
         import glob as local
 
-        return sorted(local.glob(pattern, recursive=True))
+        return sorted(map(_shown, local.glob(_on_disk(pattern), recursive=True)))
 
 
 def stat(path: str) -> FileInfo | None:
@@ -261,10 +317,32 @@ def stat(path: str) -> FileInfo | None:
 
 
 def _local_info(path: str) -> FileInfo:
-    state = os.stat(path)
+    state = os.stat(_on_disk(path))
     if not S_ISREG(state.st_mode):
         raise FileNotFoundError(f"{path}: no regular file")
-    return FileInfo(path, state.st_size, f"{state.st_mtime_ns}-{state.st_size}")
+    return FileInfo(path, state.st_size, _local_version(state))
+
+
+def _local_version(state: os.stat_result) -> str:
+    """The version of a local file: time of modification, size and time of change.
+
+    The time of modification is copied by `cp -p`, `rsync -t`, `touch -r` and archives, so that two
+    files of one size may have the same. The time of change (ctime) is set by the kernel whenever
+    content or attributes change, and no program can set it back. The number of the inode is not
+    used: an editor that writes in place keeps it, ext4 gives a free one to the next file, and on
+    network file systems the nodes of a cluster may see different ones. The price is that a restored
+    or copied file, or one with new owner, mode or hard links, counts as changed.
+    """
+    return f"{state.st_mtime_ns}-{state.st_size}-c{state.st_ctime_ns}"
+
+
+# The last part is absent in what older releases have written down.
+CHANGE_TIME = r"^(-?\d+-\d+)-c-?\d+$"
+
+
+def same_version(planned: str, now: str) -> bool:
+    """Whether a version that was written down, by an older release too, is that of now."""
+    return planned == now or planned == re.sub(CHANGE_TIME, r"\1", now)
 
 
 def _remote_info(scheme: str, info: dict[str, Any]) -> FileInfo:
@@ -281,7 +359,7 @@ def read(path: str) -> bytes | None:
         try:
             if is_remote(path):
                 return bytes(_filesystem(_scheme(path)).cat_file(path))
-            return Path(path).read_bytes()
+            return Path(_on_disk(path)).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
 
@@ -308,7 +386,7 @@ class InputFile(io.RawIOBase):
         self._at = 0
         if not is_remote(path):
             with _storage_errors(path, "opening"):
-                self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+                self._file = open(_on_disk(path), "rb", buffering=0)  # noqa: SIM115
 
     def readable(self) -> bool:
         return True
@@ -379,6 +457,46 @@ def read_table(path: str) -> pa.Table:
         return pq.read_table(pa.PythonFile(source, mode="r"))
 
 
+def sha256_of(path: str) -> str:
+    """Read a file and return its SHA-256 in hexadecimal digits.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        StorageError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with InputFile(path) as source:
+        while data := source.fetch(READ_BYTES):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def local_copy(path: str) -> Iterator[tuple[str, int, str]]:
+    """A local file with the content of a file, its size and its SHA-256.
+
+    A file of object storage is downloaded once and removed after the block.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        StorageError: it cannot be read.
+    """
+    if not is_remote(path):
+        info = stat(path)
+        if info is None:
+            raise FileNotFoundError(f"{path}: there is no such file")
+        yield path, info.size, sha256_of(path)
+        return
+    with tempfile.NamedTemporaryFile() as file:
+        digest = hashlib.sha256()
+        with InputFile(path) as source:
+            while data := source.fetch(READ_BYTES):
+                digest.update(data)
+                file.write(data)
+        file.flush()
+        yield file.name, file.tell(), digest.hexdigest()
+
+
 # ---- writing ----------------------------------------------------------------------------------
 
 
@@ -408,11 +526,11 @@ def new_file(path: str, *, exclusive: bool = False) -> Iterator[IO[bytes]]:
                     _filesystem(_scheme(path)).put_file(file.name, path)
         return
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    temporary = _temporary(target)
     try:
         with _storage_errors(path, "writing"):
             target.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
+            with temporary.open("w+b") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -426,6 +544,13 @@ def new_file(path: str, *, exclusive: bool = False) -> Iterator[IO[bytes]]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _temporary(target: Path) -> Path:
+    """A new name beside a file. A part of its name is enough: the whole one with these additions
+    may be too long."""
+    beginning = os.fsencode(target.name)[:TEMPORARY_BYTES].decode(errors="ignore")
+    return target.with_name(f".{beginning}.{uuid.uuid4().hex}.tmp")
 
 
 def _rename_new(temporary: Path, target: Path) -> None:
@@ -475,7 +600,40 @@ def write(path: str, data: bytes) -> None:
 def write_table(path: str, table: pa.Table) -> None:
     """Replaces a Parquet file, or makes it, in one step."""
     with new_file(path) as file:
-        pq.write_table(table, file, compression="zstd")
+        pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+
+
+class Hashed:
+    """A new file that is hashed while it is written from its beginning to its end.
+
+    Args:
+        file: of `new_file`.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self.closed = False
+
+    def write(self, data: Any) -> int:
+        """Write bytes, or anything with a buffer of bytes."""
+        self._digest.update(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        """The number of bytes that have been written."""
+        return self._file.tell()
+
+    def flush(self) -> None:
+        """Hand what was written to the system."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Do nothing: the owner of the file closes it."""
+
+    def sha256(self) -> str:
+        """The SHA-256 of all that was written, in hexadecimal digits."""
+        return self._digest.hexdigest()
 
 
 def delete(paths: Iterable[str]) -> None:
@@ -517,7 +675,7 @@ def _remove_local(path: str) -> None:
     """Moves the file aside and looks at it, since no system call deletes a file conditionally."""
     before = os.stat(path)
     target = Path(path)
-    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    aside = _temporary(target)
     os.rename(path, aside)
     if not _is_same(before, os.stat(aside)):  # it is another by now: back with it
         with suppress(Conflict):  # unless there is a still newer one

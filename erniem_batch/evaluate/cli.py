@@ -6,6 +6,7 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from erniem_batch.evaluate.config import EvaluateConfig
+from erniem_batch.terminal import printable_json
 
 LOG_WIDTH = 160
 
@@ -33,5 +34,5 @@ def evaluate(*, config: Annotated[EvaluateConfig, Parameter(name="*")] | None = 
     if not console.is_terminal:  # a log has room for whole tables
         console.width = max(console.width, LOG_WIDTH)
     show(outcome, console)
-    print(outcome.as_line())
+    print(printable_json(outcome.as_line()))
     return outcome.exit_code

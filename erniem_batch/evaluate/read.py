@@ -1,6 +1,5 @@
 """Gold rows and predictions of a batch run, put side by side."""
 
-import json
 import logging
 import re
 from collections import Counter
@@ -13,6 +12,7 @@ from erniem_batch import storage
 from erniem_batch.errors import ConfigError, RecordError
 from erniem_batch.evaluate.values import value_of
 from erniem_batch.gold import Annotated, annotated, language_of, rows_of
+from erniem_batch.job.documents import parse_document
 from erniem_batch.job.jsonl import parse_line
 from erniem_batch.job.manifest import MANIFEST, read_manifest
 from erniem_batch.job.units import SourceFile, files_of, find_files
@@ -71,10 +71,16 @@ def read_run(path: str, flag: str = "--predictions") -> Run:
                 f"{path}: the run there is not complete (no {MANIFEST}): run it again, it goes on"
             )
         return Run(path, _named_rows(files_of(_found(path, flag))))
-    settings = {} if info is None else json.loads(info)["settings"]
+    settings = {} if info is None else _settings(info, storage.join(folder, RUN_INFO))
     files = [_source(folder, entry.name) for entry in manifest.files]
     dead, n_unread = _dead_rows([storage.join(folder, e.name) for e in manifest.dead_letters])
     return Run(path, _named_rows(files), dead, n_unread, settings)
+
+
+def _settings(data: bytes, path: str) -> Mapping[str, Any]:
+    remedy = "run the command of the run again, which writes it anew where it can"
+    settings: Mapping[str, Any] = parse_document(data, path, {"settings": dict}, remedy)["settings"]
+    return settings
 
 
 def _found(path: str, flag: str) -> Any:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from erniem_batch import storage
@@ -16,6 +15,7 @@ from erniem_batch.evaluate.calibration import BINS, Bins, picture
 from erniem_batch.evaluate.compare import Comparison
 from erniem_batch.evaluate.scorers import Figures, known
 from erniem_batch.evaluate.tune import Tuning
+from erniem_batch.terminal import safe_markup
 
 logger = logging.getLogger(__name__)
 
@@ -234,14 +234,14 @@ def _spaced(name: str) -> str:
 def show(evaluation: Evaluation, console: Console) -> None:
     """Tables on a terminal, and which figures are too low."""
     for grid in grids(evaluation):
-        table = Table(title=escape(grid.title), title_justify="left")
+        table = Table(title=safe_markup(grid.title), title_justify="left")
         for i, head in enumerate(grid.columns):
-            table.add_column(escape(head), justify="right" if i else "left")
+            table.add_column(safe_markup(head), justify="right" if i else "left")
         for row in grid.rows:
-            table.add_row(*map(escape, row))
+            table.add_row(*map(safe_markup, row))
         console.print(table)
     for name, value, limit in evaluation.below:
-        console.print(f"[bold red]below[/]  {escape(name)} {_number(value)} < {limit}")
+        console.print(f"[bold red]below[/]  {safe_markup(name)} {_number(value)} < {limit}")
 
 
 def markdown(evaluation: Evaluation) -> str:

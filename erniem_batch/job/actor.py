@@ -25,7 +25,14 @@ from erniem_batch.job.metrics import ActorMetrics
 from erniem_batch.job.read import UnitReader
 from erniem_batch.job.units import Unit
 from erniem_batch.job.watchdog import Watchdog
-from erniem_batch.job.write import Marks, add_predictions, clear, read_marks, write_tables
+from erniem_batch.job.write import (
+    COUNTS,
+    Marks,
+    add_predictions,
+    clear,
+    read_marks,
+    write_tables,
+)
 from erniem_batch.model.fetch import local_folder, model_digest
 from erniem_batch.predictor import Predictor
 from erniem_batch.records import Failure, Outcome, Prediction, Record
@@ -42,7 +49,6 @@ STAGES = {
     "decode": "decode",
     "write": "write",
 }
-COUNTS = ("n_rows", "n_ok", "n_dead", "n_found", "n_tokens", "n_windows", "n_truncated")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +62,7 @@ class Receipt:
         n_found: entities, answers or whatever the task finds.
         n_bytes: read from storage.
         output_bytes: size of the output file.
+        sha256: Of the output file; empty if it is not known, since another process wrote it.
         found: whether it was done already.
         findings: what was found in it, counted, see `Findings`.
         dead_letters: file of its dead letters, in the output folder; empty: there are none, or
@@ -77,6 +84,7 @@ class Receipt:
     seconds: float = 0.0
     found: bool = False
     findings: str = ""
+    sha256: str = ""
     dead_letters: str = ""
 
 
@@ -87,7 +95,11 @@ RECEIPT_SCHEMA = SENT_SCHEMA.remove(SENT_SCHEMA.get_field_index("findings"))
 
 
 def receipt_of_file(output: str, name: str, unit_id: str, fingerprint: str) -> Receipt | None:
-    """The receipt of a unit whose output file stands already, else None."""
+    """The receipt of a unit whose output file stands already, else None.
+
+    A Parquet file cannot hold its own SHA-256, so that it is read for it: no more than what the
+    ledger does not know of, which is what was finished in the last seconds of a run that died.
+    """
     marks = read_marks(output, name)
     info = storage.stat(storage.join(output, name)) if marks is not None else None
     if marks is None or info is None or (marks.unit, marks.fingerprint) != (unit_id, fingerprint):
@@ -101,6 +113,7 @@ def receipt_of_file(output: str, name: str, unit_id: str, fingerprint: str) -> R
         found=True,
         findings=marks.findings,
         dead_letters=marks.letters,
+        sha256=marks.sha256 or storage.sha256_of(storage.join(output, name)),
     )
     return replace(found, **marks.counts)  # type: ignore[arg-type]
 
@@ -216,7 +229,7 @@ class UnitTagger:
         reader = UnitReader.of_job(config, unit, run.schema)
         tally = _Tally(self._predictor.task)
         letters = letters_name(unit.output, uuid.uuid4().hex[:8])
-        n_written, n_bytes = write_tables(
+        n_written, n_bytes, digest = write_tables(
             run.output,
             name,
             self._tables(reader, tally, attempt, letters),
@@ -238,6 +251,7 @@ class UnitTagger:
             output_bytes=n_bytes,
             seconds=time.perf_counter() - started,
             findings=tally.findings(),
+            sha256=digest,
             dead_letters=letters if tally.bad else "",
         )
         self._metrics.unit_done(unit.id, receipt.seconds, reader.n_bytes)

@@ -6,16 +6,31 @@ unit is worked on row by row, and the record names the row; a third death convic
 """
 
 import json
+import logging
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Self
 
 from erniem_batch import storage
+from erniem_batch.errors import DamagedFile
+from erniem_batch.job.documents import (
+    Fields,
+    damaged,
+    known,
+    parse_document,
+    require_checksum_of_newer,
+    with_checksum,
+)
 from erniem_batch.storage import FileInfo
+
+logger = logging.getLogger(__name__)
 
 ATTEMPTS = "_run/attempts"
 DEATHS_TOGETHER = 2  # deaths before a unit is worked on row by row
 UNEXPLAINED_DEATHS = 3  # deaths row by row, but in no row, before a unit is given up
+REMEDY = "it is ignored, so the deaths that it counts are forgotten"
+FIELDS: Fields = {"number": int}
+PROTECTED = ("number", "row", "suspect", "killers", "unexplained")
 
 
 @dataclass(slots=True)
@@ -41,12 +56,35 @@ class Attempt:
     def next(cls, output: str, unit_id: str) -> Self:
         """The try that comes next, from how the last one ended; on record only once it begins."""
         path = f"{output}/{ATTEMPTS}/{unit_id}.json"
-        before = storage.read(path)
-        attempt = cls(path) if before is None else cls(**json.loads(before))
-        if before is not None:
-            attempt._learn()
-            attempt.number += 1
+        data = storage.read(path)
+        if data is None:
+            return cls(path)
+        try:
+            attempt = cls.decode(data, path)
+        except DamagedFile as error:
+            logger.warning("%s", error)
+            return cls(path)
+        attempt._learn()
+        attempt.number += 1
         return attempt
+
+    @classmethod
+    def decode(cls, data: bytes, path: str) -> Self:
+        """The attempt of a record.
+
+        Raises:
+            DamagedFile: It is not what a process writes.
+        """
+        values = parse_document(data, path, FIELDS, REMEDY, PROTECTED)
+        require_checksum_of_newer(values, (*PROTECTED, "path"), path, REMEDY)
+        attempt = cls(**{**known(values, [f.name for f in fields(cls)]), "path": path})
+        if not (isinstance(attempt.killers, list) and attempt._has_numbers()):
+            raise damaged(path, "its fields are not numbers of rows and tries", REMEDY)
+        return attempt
+
+    def _has_numbers(self) -> bool:
+        rows = [row for row in (self.row, self.suspect) if row is not None]
+        return all(type(n) is int for n in (self.unexplained, *rows, *self.killers))
 
     def _learn(self) -> None:
         """What the death of the last try says."""
@@ -83,15 +121,24 @@ class Attempt:
         storage.delete([self.path])
 
     def _save(self) -> None:
-        storage.write(self.path, json.dumps(asdict(self)).encode())
+        values = with_checksum(asdict(self), PROTECTED)
+        storage.write(self.path, json.dumps(values).encode())
 
 
 def n_repeated(output: str) -> int:
     """Units that are being worked on, and have cost a process before."""
     paths = [info.path for info in storage.find(f"{output}/{ATTEMPTS}")]
     # Not those that are just being written.
-    records = [storage.read(path) for path in paths if path.endswith(".json")]
-    return sum(1 for data in records if data is not None and json.loads(data)["number"] > 1)
+    return sum(_number_of(path) > 1 for path in paths if path.endswith(".json"))
+
+
+def _number_of(path: str) -> int:
+    data = storage.read(path)
+    try:
+        return 0 if data is None else Attempt.decode(data, path).number
+    except DamagedFile as error:
+        logger.warning("%s", error)
+        return 0
 
 
 def records(output: str) -> Iterator[FileInfo]:

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from erniem_batch import storage
 from erniem_batch.errors import ConfigError
+from erniem_batch.job.apart import is_within
 from erniem_batch.job.lease import Lease
 from erniem_batch.job.manifest import (
     SUCCESS,
@@ -90,9 +91,12 @@ def compact(
     """
     source = storage.normal(output)
     to = to or f"{source}-compact"
-    target = storage.normal(to)
-    if target == source or target.startswith(f"{source}/"):
-        raise ConfigError(f"--to {to} must be another folder than that of the run")
+    target = storage.for_output(to, "--to")
+    places = storage.real(source), storage.real(target)
+    if is_within(*places) or is_within(*reversed(places)):
+        raise ConfigError(
+            f"--to {to} must be another folder than the run's, not in it nor above it"
+        )
     if target_mb < 1:
         raise ConfigError(f"--target-mb must be at least 1, got {target_mb}")
     started = time.monotonic()

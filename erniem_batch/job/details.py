@@ -2,8 +2,10 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Self
 
 import pyarrow as pa
@@ -25,7 +27,8 @@ from erniem_batch.job.findings import (
     summed,
 )
 from erniem_batch.job.report import RunReport, retired_units
-from erniem_batch.job.rundir import RUN, RunFolder, RunInfo, State
+from erniem_batch.job.rundir import LOOKING_THREADS, RUN, RunFolder, RunInfo, State
+from erniem_batch.job.write import read_marks
 
 SLOWEST = 10
 REPORT_FORMAT = 1
@@ -60,6 +63,7 @@ class Comparison:
             ConfigError: there is no report that can be compared with.
         """
         accepted = (folder.read_report() or {}).get("accepted_edition", 0)
+        accepted = accepted if isinstance(accepted, int) else 0
         if config.compare is None:
             return cls(config, accepted=accepted)
         if storage.normal(config.compare) == folder.output:
@@ -74,7 +78,8 @@ class Comparison:
         """
 
         def findings(unit_ids: pa.Array) -> pa.Table:
-            return folder.read_findings(info.generation, unit_ids, retired)
+            of_marks = partial(findings_of_marks, folder.output, state.done)
+            return folder.read_findings(info.generation, unit_ids, retired, of_marks)
 
         retired = retired_units(state.done)
         ids = state.done["unit_id"].combine_chunks()
@@ -92,6 +97,18 @@ class Comparison:
             shifts = compare(before, total if now is None else now, threshold)
         newest = pc.max(units["edition"]).as_py() or 0
         return replace(self, findings=total, before=before, shifts=shifts, newest=newest)
+
+
+def findings_of_marks(output: str, done: pa.Table, wanted: set[str]) -> Iterator[tuple[str, str]]:
+    """The findings of some finished units that have rows, from the marks of their files."""
+    mine = pc.is_in(done["unit_id"], value_set=pa.array(list(wanted), pa.string()))
+    chosen = done.filter(pc.and_(mine, pc.greater(done["n_rows"], 0)))
+    ids, names = chosen["unit_id"].to_pylist(), chosen["output"].to_pylist()
+    with ThreadPoolExecutor(LOOKING_THREADS) as pool:
+        found = pool.map(partial(read_marks, output), names)
+        for unit_id, marks in zip(ids, found, strict=True):
+            if marks is not None and marks.findings:
+                yield unit_id, marks.findings
 
 
 def forecast_of(folder: RunFolder, info: RunInfo, n_units: int) -> dict[str, Any] | None:
@@ -178,11 +195,19 @@ def previous_findings(output: str) -> pa.Table:
     """
     data = RunFolder(storage.normal(output)).read_report()
     if data is None:
-        raise ConfigError(f"--compare {output}: no run has ended there (no {RUN}/report.json)")
+        raise ConfigError(
+            f"--compare {output}: no run has ended there (no readable {RUN}/report.json)"
+        )
     if data.get("format") != REPORT_FORMAT:
         raise ConfigError(f"--compare {output}: its report was written by another version")
-    columns = list(zip(*data["findings"], strict=True)) or [()] * len(SUM_SCHEMA)
-    arrays = [pa.array(c, f.type) for c, f in zip(columns, SUM_SCHEMA, strict=True)]
+    try:
+        columns = list(zip(*data["findings"], strict=True)) or [()] * len(SUM_SCHEMA)
+        arrays = [pa.array(c, f.type) for c, f in zip(columns, SUM_SCHEMA, strict=True)]
+    except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
+        raise ConfigError(
+            f"--compare {output}: its {RUN}/report.json is damaged ({type(error).__name__}): run "
+            f"the command of that run again, which writes it anew"
+        ) from None
     return pa.Table.from_arrays(arrays, schema=SUM_SCHEMA)
 
 

@@ -105,6 +105,20 @@ def length_range(number: int) -> tuple[int, int]:
 # ---- tables -----------------------------------------------------------------------------------
 
 
+def is_findings(text: object) -> bool:
+    """Whether a text is what `as_text` gives, or empty."""
+    if text == "":
+        return True
+    try:
+        rows = json.loads(str(text))
+    except (ValueError, RecursionError):
+        return False
+    kinds = [str, str, str, int, int]
+    return isinstance(rows, list) and all(
+        isinstance(row, list) and [type(value) for value in row] == kinds for row in rows
+    )
+
+
 def findings_table(counted: Iterable[tuple[str, str]]) -> pa.Table:
     """What was found in units, from their ids and what `as_text` gave."""
     rows = [[unit_id, *row] for unit_id, text in counted if text for row in json.loads(text)]

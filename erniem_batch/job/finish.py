@@ -13,11 +13,10 @@ from erniem_batch.job.manifest import (
     Manifest,
     mark_success,
     publish,
-    read_manifest,
     unmark_success,
 )
 from erniem_batch.job.report import RunReport, manifest_of, verify
-from erniem_batch.job.rundir import RunFolder, RunInfo, State
+from erniem_batch.job.rundir import RunFolder, RunInfo, State, readable_manifest
 from erniem_batch.job.write import SIDECARS
 from erniem_batch.storage import FileInfo
 
@@ -62,7 +61,7 @@ def _superseded(
 ) -> Iterator[FileInfo]:
     """What only older manifests, abandoned plans or runs that were killed have left."""
     names = manifest.names
-    before = read_manifest(folder.output)
+    before = readable_manifest(folder.output)
     outputs = folder.older_outputs(info.generation)
     if len(plan) != len(manifest.files):  # something was planned that does not count any more
         outputs += plan["output"].to_pylist()

@@ -22,6 +22,7 @@ from cyclopts import Parameter
 
 from erniem_batch import storage
 from erniem_batch.errors import ConfigError
+from erniem_batch.job.apart import require_apart
 from erniem_batch.job.chunks import BadRow
 from erniem_batch.job.cluster import local_pool
 from erniem_batch.job.config import JobConfig
@@ -170,7 +171,10 @@ def forecast(config: JobConfig, flags: PlanFlags) -> Forecast:
     """
     config = replace(config, options=config.options.resolved())
     folder = RunFolder(storage.normal(config.output or "out/plan"))
-    found = find_files(config.input or [str(demo_data(config.task))], config.input_format)
+    inputs = config.input or [str(demo_data(config.task))]
+    if config.output is not None:
+        require_apart(inputs, folder.output)
+    found = find_files(inputs, config.input_format)
     model = local_folder(config.model, config.task)
     info = run_info(folder, config, found, model, model_digest(model))
     state = folder.assess(

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from erniem_batch import storage
-from erniem_batch.errors import ConfigError
+from erniem_batch.errors import ConfigError, StorageError
 from erniem_batch.job.chunks import CONTENT_ERRORS, BadRow, Chunk, Place
 from erniem_batch.job.jsonl import jsonl_chunks, row_number
 from erniem_batch.job.parquet import table_chunk, whole_rows
@@ -141,7 +141,7 @@ def read_letters(reader: UnitReader, output: str) -> Iterator[Chunk]:
     What could not be reached is read again if its file is still the one it was; else it stays a
     dead letter, and the next run takes the changed file as a whole.
     """
-    table = storage.read_table(storage.join(output, reader.unit.letters))
+    table = _letters_of(reader.unit, output)
     letters = table.drop_columns([n for n in ("row",) if n in table.column_names]).to_pylist()
     single = [i for i, letter in enumerate(letters) if letter["rest"] is None]
     if reader.unit.format == "jsonl":
@@ -157,6 +157,16 @@ def read_letters(reader: UnitReader, output: str) -> Iterator[Chunk]:
             yield from _read_rest(reader, letter)
 
 
+def _letters_of(unit: Unit, output: str) -> pa.Table:
+    try:
+        return storage.read_table(storage.join(output, unit.letters))
+    except FileNotFoundError:
+        raise StorageError(
+            f"{unit.letters}: these dead letters are gone: delete the data file of {unit.retires} "
+            f"and run the same command again until both are made"
+        ) from None
+
+
 def _place(letter: dict[str, Any]) -> Place:
     return Place(letter["source_row"], letter["source_byte"], letter["line"], letter["source_file"])
 
@@ -164,7 +174,7 @@ def _place(letter: dict[str, Any]) -> Place:
 def _read_rest(reader: UnitReader, letter: dict[str, Any]) -> Iterator[Chunk]:
     unit = Unit.from_row(json.loads(letter["rest"]))
     info = storage.stat(unit.path)
-    if info is not None and info.version == unit.version:
+    if info is not None and storage.same_version(unit.version, info.version):
         yield from reader.slice_chunks(unit)
         return
     failure = Failure("", letter["stage"], letter["error"], letter["reason"])

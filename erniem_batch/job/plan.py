@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from erniem_batch.errors import ConfigError, Conflict
+from erniem_batch.errors import ConfigError, Conflict, DamagedFile
 from erniem_batch.job.config import JobConfig
 from erniem_batch.job.lease import Lease
 from erniem_batch.job.letters import output_of_letters
@@ -56,7 +56,7 @@ def open_run(
         JobError: another run has taken over.
     """
     info = run_info(folder, config, found, model, digest)
-    if info != folder.read_info():
+    if not folder.holds(info):
         folder.write_info(info, lease)
     return info
 
@@ -70,8 +70,8 @@ def run_info(
     """
     predictor = config.predictor
     model_config = ErnieMConfig.from_pretrained(model)
-    before = folder.read_info()
-    generation = 1
+    before = _info_before(folder, config)
+    generation = 1 if before is not None else folder.newest_generation() + 1
     if before is not None:
         now = settings_of(config, predictor, model_config, digest, before.settings)
         same = fingerprint(now) == before.fingerprint
@@ -106,6 +106,17 @@ def run_info(
     )
 
 
+def _info_before(folder: RunFolder, config: JobConfig) -> RunInfo | None:
+    """The run that is there; with --overwrite one that cannot be read counts as none."""
+    try:
+        return folder.read_info()
+    except DamagedFile as error:
+        if not config.overwrite:
+            raise
+        logger.warning("starting anew, although %s", error)
+        return None
+
+
 def plan_run(
     folder: RunFolder,
     config: JobConfig,
@@ -122,24 +133,28 @@ def plan_run(
         JobError: another run has taken over.
     """
     while True:
-        plan = folder.read_plan(info.generation)
+        plan, lost = folder.sound_plan(info.generation)
+        if lost and (found is None or config.limit is not None):  # what it held is not known
+            raise next(iter(lost.values()))
         edition = folder.next_edition()
         if found is None:
             units = to_table(replay_units(folder, info.generation, plan))
         else:
             units, edition = _new_units(folder, config, info, found, plan, edition)
-        if not len(units):
-            return plan
-        if lease is None:
-            return pa.concat_tables([plan, with_edition(units, edition)])
-        lease.check()
+        whole = pa.concat_tables([plan, with_edition(units, edition)])
+        folder.require_known(info, whole)
+        if lease is not None:
+            lease.prove()
+            folder.set_aside(lost)
+        if lease is None or not len(units):
+            return whole
         try:
-            planned = folder.add_to_plan(info.generation, edition, units)
+            folder.add_to_plan(info.generation, edition, units)
         except Conflict:  # a run before this one has planned late, or we have lost the lease
             lease.prove()
             continue
         lease.prove()
-        return pa.concat_tables([plan, planned])
+        return whole
 
 
 def _new_units(

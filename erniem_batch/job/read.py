@@ -75,7 +75,7 @@ class UnitReader:
         """
         yield from self.slice_chunks(self.unit)
         info = storage.stat(self.unit.path) if self.unit.version else None
-        if info is not None and info.version != self.unit.version:
+        if info is not None and not storage.same_version(self.unit.version, info.version):
             raise _changed(self.unit)
 
     def slice_chunks(self, unit: Unit) -> Iterator[Chunk]:
@@ -89,7 +89,7 @@ class UnitReader:
         """The unit's file, if it is still the one that was planned."""
         source = storage.InputFile(unit.path, unit.end)
         self._sources.append(source)
-        if unit.version and source.info.version != unit.version:
+        if unit.version and not storage.same_version(unit.version, source.info.version):
             source.close()
             raise _changed(unit)
         return source

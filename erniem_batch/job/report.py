@@ -1,17 +1,17 @@
 """What a run did and what stands in the output folder now, and whether the two add up."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from erniem_batch.errors import JobError
-from erniem_batch.job.actor import COUNTS, Receipt
+from erniem_batch.job.actor import Receipt
 from erniem_batch.job.letters import letters_name
 from erniem_batch.job.manifest import Entry, Manifest
 from erniem_batch.job.rundir import RunInfo, State
+from erniem_batch.job.write import COUNTS
 
 COMPLETE = 0
 INCOMPLETE = 3
@@ -147,17 +147,18 @@ def manifest_of(state: State, info: RunInfo) -> Manifest:
     return Manifest(
         generation=info.generation,
         fingerprint=info.fingerprint,
-        files=_entries(done["output"].to_pylist(), done["n_ok"], done["output_bytes"]),
+        files=_entries(done),
         dead_letters=[
             Entry(name, n) for name, n in zip(names, dead["n_dead"].to_pylist(), strict=True)
         ],
     )
 
 
-def _entries(names: Sequence[str], rows: pa.ChunkedArray, sizes: pa.ChunkedArray) -> list[Entry]:
+def _entries(done: pa.Table) -> list[Entry]:
+    columns = (done[name].to_pylist() for name in ("output", "n_ok", "output_bytes", "sha256"))
     return [
-        Entry(name, n_rows, n_bytes)
-        for name, n_rows, n_bytes in zip(names, rows.to_pylist(), sizes.to_pylist(), strict=True)
+        Entry(name, n_rows, n_bytes, digest or "")
+        for name, n_rows, n_bytes, digest in zip(*columns, strict=True)
     ]
 
 

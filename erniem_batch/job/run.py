@@ -20,6 +20,7 @@ from erniem_batch import storage
 from erniem_batch.errors import ConfigError, StorageError, fault_of
 from erniem_batch.job import attempts
 from erniem_batch.job.actor import Assignment, Receipt
+from erniem_batch.job.apart import require_apart, require_found_apart
 from erniem_batch.job.cluster import connect, is_connected
 from erniem_batch.job.config import JobConfig
 from erniem_batch.job.details import Comparison, dead_letters, details, files_with_rows, forecast_of
@@ -50,7 +51,7 @@ from erniem_batch.job.units import (
     find_files,
 )
 from erniem_batch.model.fetch import local_folder, model_digest, name_elsewhere
-from erniem_batch.options import demo_data, options_of
+from erniem_batch.options import Options, demo_data, options_of
 from erniem_batch.predictor import Predictor
 
 logger = logging.getLogger(__name__)
@@ -117,22 +118,32 @@ def replay_job(
     if info is None or read_manifest(storage.normal(output)) is None:
         raise ConfigError(f"{output} holds no complete run: dead letters are replayed after it")
     known = {name: info.job[name] for name in JobConfig.__dataclass_fields__ if name in info.job}
-    known["options"] = options_of(info.job["task"], info.job["options"])
+    known["options"] = _options_of(info, output)
     # The gate that the last run did not pass is still there; one that it passed is behind it.
     last = folder.read_report() or {}
     shut = bool(last.get("exit_code"))
-    known["compare"] = last["compared_with"] if shut else None
-    known["fail_on_drift"] = shut and last["fail_on_drift"]
+    known["compare"] = last.get("compared_with") if shut else None
+    known["fail_on_drift"] = bool(shut and last.get("fail_on_drift"))
     config = JobConfig(**{**known, **changes, "output": output, "overwrite": False})
     return _run(config, on_receipt, replay=True)
+
+
+def _options_of(info: RunInfo, output: str) -> Options:
+    try:
+        return options_of(info.job["task"], info.job["options"])
+    except (KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{output}/_run/run.json does not hold the options of the run "
+            f"({type(error).__name__}): run the same command again"
+        ) from None
 
 
 def _run(config: JobConfig, on_receipt: OnReceipt | None, replay: bool) -> RunReport:
     with _stopped_by_sigterm():
         with _preflight():
             config = replace(config, options=config.options.resolved())
-            output = storage.normal(config.output or default_output(config.task))
-            found = None if replay else _find(config)
+            output = storage.for_output(config.output or default_output(config.task))
+            found = None if replay else _find(config, output)
             model = local_folder(config.model, config.task)
             digest = model_digest(model)
             lease = Lease(output).acquire()
@@ -228,9 +239,12 @@ def default_output(task: str) -> str:
     return f"out/{task}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _find(config: JobConfig) -> pa.Table:
+def _find(config: JobConfig, output: str) -> pa.Table:
     inputs = config.input or [str(demo_data(config.task))]
-    return find_files(inputs, config.input_format)
+    require_apart(inputs, output)
+    found = find_files(inputs, config.input_format)
+    require_found_apart(found, output)
+    return found
 
 
 @contextmanager

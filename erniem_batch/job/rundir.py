@@ -8,14 +8,19 @@ a file that the ledger does not know is opened, a file that is gone is made agai
     plan/001-00001.parquet      units, one file for each time that there was something to plan
     ledger/001-….parquet        receipts
     findings/001-….parquet      what their units found, counted; for the report
+    damaged/                    segments that could not be read any more, put aside
     lease.json, attempts/, sidecars/, forecast.json, report.json, report.html
+
+Every file is checked when it is read. What follows from the data files (ledger, findings) or from
+the input (plan) is made again; `run.json` has a copy in the footer of each segment of the plan.
 """
 
 import base64
 import json
+import logging
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -25,18 +30,31 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from erniem_batch import storage
-from erniem_batch.errors import ConfigError, StorageError
+from erniem_batch.errors import ConfigError, DamagedFile, StorageError
+from erniem_batch.job import segments
 from erniem_batch.job.actor import RECEIPT_SCHEMA, Receipt, receipt_of_file
+from erniem_batch.job.documents import (
+    damaged,
+    known,
+    parse_document,
+    read_document,
+    require_checksum_of_newer,
+    with_checksum,
+)
 from erniem_batch.job.findings import LETTER, SUM_SCHEMA, capped, findings_table, summed
 from erniem_batch.job.findings import UNIT_SCHEMA as FINDINGS_SCHEMA
 from erniem_batch.job.lease import Lease
+from erniem_batch.job.manifest import Manifest, read_manifest
 from erniem_batch.job.units import BATCH, UNIT_SCHEMA
+from erniem_batch.job.write import read_marks
 from erniem_batch.storage import FileInfo
 
+logger = logging.getLogger(__name__)
+
 RUN = "_run"
+DAMAGED = "damaged"
 LOOKING_THREADS = 16
 LEDGER_ROWS = 1000  # receipts in a segment of the ledger at most
 LEDGER_S = 5.0  # and seconds that a receipt waits to be written
@@ -48,6 +66,30 @@ PLAN_SCHEMA = UNIT_SCHEMA.append(pa.field("edition", pa.int64()))
 # Columns of the plan beside those of the receipts, for units that are done.
 PLANNED = ("max_rows", "planned_rows", "retires", "letters")
 LISTING_SCHEMA = pa.schema([("file", pa.string()), ("size", pa.int64()), ("version", pa.string())])
+
+SCHEMAS = {"plan": PLAN_SCHEMA, "ledger": RECEIPT_SCHEMA, "findings": FINDINGS_SCHEMA}
+# Columns that older releases did not write.
+LATER_COLUMNS = ("sha256", "dead_letters")
+REMEDIES = {
+    "plan": "run the same command again, which plans its input files once more; if that is "
+    "refused, restore the file from a backup or start anew with --overwrite",
+    "ledger": "run the same command again, which looks into the data files",
+    "findings": "run the same command again, which looks into the data files",
+}
+INFO_FIELDS = {"generation": int, "fingerprint": str, "settings": dict, "schema": str, "job": dict}
+INFO_REMEDY = "restore it from a backup, or start anew with --overwrite"
+INFO_KEY = b"erniem_batch_run"  # of the copy of run.json in a segment of the plan
+REPORT_FIELDS = {"exit_code": int}
+REPORT_PROTECTED = (
+    "exit_code", "format", "fail_on_drift", "compared_with", "accepted_edition", "findings",
+)  # fmt: skip
+FORECAST_FIELDS = {
+    "fingerprint": str, "units": int, "rows": int, "tokens": int,
+    "seconds": (int, float, type(None)),
+}  # fmt: skip
+
+# The findings of units by their ids, from the marks of their files.
+FindingsOf = Callable[[set[str]], Iterable[tuple[str, str]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,66 +140,175 @@ class RunFolder:
     def __init__(self, output: str) -> None:
         self.output = output
         self._folder = storage.join(output, RUN)
+        self._warned = False
 
     # ---- run.json -----------------------------------------------------------------------------
 
     def read_info(self) -> RunInfo | None:
-        data = storage.read(f"{self._folder}/run.json")
-        return None if data is None else RunInfo(**json.loads(data))
+        """The content of run.json, or of its copy in the plan if run.json is damaged or gone.
+
+        Raises:
+            DamagedFile: There is a run, but neither of them can be read.
+        """
+        try:
+            info = self._own_info()
+            if info is not None:
+                return info
+            if not self._has_segments():
+                return None
+            fault = damaged(self._info_path, "it is missing, but there is a plan", INFO_REMEDY)
+        except DamagedFile as error:
+            fault = error
+        copy = self._kept_info()
+        if copy is not None:
+            logger.warning("run.json is read from its copy in the plan, because %s", fault)
+            return copy
+        if self._has_segments() or read_manifest(self.output) is not None:
+            raise fault
+        logger.warning("ignored, since nothing was planned yet: %s", fault)
+        return None
+
+    def holds(self, info: RunInfo) -> bool:
+        """Whether run.json is sound and says this."""
+        try:
+            return self._own_info() == info
+        except DamagedFile:
+            return False
 
     def write_info(self, info: RunInfo, lease: Lease) -> None:
         # Not sorted: a schema is asked in its own order.
-        text = json.dumps(asdict(info), indent=1, default=str)
-        lease.write(f"{self._folder}/run.json", text.encode())
+        values = with_checksum(asdict(info), tuple(INFO_FIELDS))
+        lease.write(self._info_path, json.dumps(values, indent=1, default=str).encode())
+
+    def newest_generation(self) -> int:
+        """The highest generation that anything here belongs to, 0 for none."""
+        names = [segments.generation_of(path) for kind in SCHEMAS for path in self._list(kind)]
+        try:
+            manifest = read_manifest(self.output)
+        except DamagedFile:
+            manifest = None
+        return max(names, default=0) if manifest is None else max([*names, manifest.generation])
+
+    @property
+    def _info_path(self) -> str:
+        return f"{self._folder}/run.json"
+
+    def _own_info(self) -> RunInfo | None:
+        data = storage.read(self._info_path)
+        return None if data is None else info_of(data, self._info_path)
+
+    def _kept_info(self) -> RunInfo | None:
+        """The copy of run.json in the newest segment of the plan that has one."""
+        for path in sorted(self._list("plan"), key=_place, reverse=True):
+            data = segments.notes_of(path, INFO_KEY)
+            if data is None:
+                continue
+            try:
+                info = info_of(data, path)
+            except DamagedFile:
+                continue
+            if info.generation == segments.generation_of(path):
+                return info
+        return None
+
+    def _has_segments(self) -> bool:
+        return any(True for kind in ("plan", "ledger") for _ in self._list(kind))
 
     # ---- forecast and report ------------------------------------------------------------------
 
     def read_forecast(self) -> dict[str, Any] | None:
-        """What `plan` has said of a run into this folder."""
-        return self._read_json("forecast.json")
+        """What `plan` has said of a run into this folder; None also if the file is damaged."""
+        return self._read_json("forecast.json", FORECAST_FIELDS, ())
 
     def write_forecast(self, values: Mapping[str, Any]) -> None:
         storage.write(f"{self._folder}/forecast.json", json.dumps(values).encode() + b"\n")
 
     def read_report(self) -> dict[str, Any] | None:
-        return self._read_json("report.json")
+        """The content of report.json; None also if it is damaged."""
+        return self._read_json("report.json", REPORT_FIELDS, REPORT_PROTECTED)
 
     def write_report(self, values: Mapping[str, Any], page: str, lease: Lease) -> None:
         """report.json, and the same for people."""
         lease.write(f"{self._folder}/report.html", page.encode())
-        lease.write(f"{self._folder}/report.json", json.dumps(values).encode() + b"\n")
+        text = json.dumps(with_checksum(values, REPORT_PROTECTED))
+        lease.write(f"{self._folder}/report.json", text.encode() + b"\n")
 
-    def _read_json(self, name: str) -> dict[str, Any] | None:
-        data = storage.read(f"{self._folder}/{name}")
-        return None if data is None else json.loads(data)
+    def _read_json(
+        self, name: str, fields: Mapping[str, Any], protected: Sequence[str]
+    ) -> dict[str, Any] | None:
+        path = f"{self._folder}/{name}"
+        try:
+            return read_document(path, fields, "it is ignored", protected)
+        except DamagedFile as error:
+            logger.warning("%s", error)
+            return None
 
     # ---- plan ---------------------------------------------------------------------------------
 
     def read_plan(self, generation: int) -> pa.Table:
-        """All units ever planned in a generation, in the order of planning."""
-        return _concat(self._segments("plan", generation), PLAN_SCHEMA)
+        """All units ever planned in a generation, in the order of planning.
+
+        Raises:
+            DamagedFile: A segment cannot be read.
+        """
+        table, lost = self.sound_plan(generation)
+        for error in lost.values():
+            raise error
+        return table
+
+    def sound_plan(self, generation: int) -> tuple[pa.Table, dict[str, DamagedFile]]:
+        """The units of all segments that can be read, and the faults of the others by path."""
+        return self._read_all("plan", self._segments("plan", generation))
 
     def next_edition(self) -> int:
         """Number of the next segment of the plan, over all generations."""
-        names = [info.path.rpartition("-")[2] for info in self._list("plan")]
-        return 1 + max((int(name.removesuffix(".parquet")) for name in names), default=0)
+        return 1 + max(map(segments.number_of, self._list("plan")), default=0)
 
     def add_to_plan(self, generation: int, edition: int, units: pa.Table) -> pa.Table:
-        """Writes a segment of the plan, and never over another one.
+        """Write a segment of the plan, with a copy of run.json in its footer.
 
         Raises:
-            Conflict: there is one of this generation and edition.
+            Conflict: There is a segment of this generation and edition, which stays.
         """
         table = with_edition(units, edition)
+        info = storage.read(self._info_path)
         path = f"{self._folder}/plan/{generation:03d}-{edition:05d}.parquet"
-        with storage.new_file(path, exclusive=True) as file:
-            pq.write_table(table, file, compression="zstd")
+        notes = {} if info is None else {INFO_KEY: info}
+        segments.write_segment(path, table, notes, exclusive=True)
         return table
 
+    def require_known(self, info: RunInfo, plan: pa.Table) -> None:
+        """Check that a plan has all files that the manifest names.
+
+        Raises:
+            ConfigError: It has not. To go on would remove these files.
+        """
+        manifest = readable_manifest(self.output)
+        if manifest is None or manifest.generation != info.generation:
+            return
+        named = pa.array([entry.name for entry in manifest.files], pa.string())
+        files = _with_suffix(plan["output"], info)
+        absent = named.filter(pc.invert(pc.is_in(named, value_set=files)))
+        if len(absent):
+            raise ConfigError(
+                f"{self._folder}/plan lacks {len(absent)} of the {len(named)} files that "
+                f"_manifest.json names (such as {absent[0]}): a segment of the plan is damaged or "
+                f"gone, and the input does not bring it back. Restore it from a backup, or start "
+                f"anew with --overwrite"
+            )
+
     def older_outputs(self, generation: int) -> list[str]:
-        """Names of outputs that generations before this one planned."""
-        paths = self._older("plan", generation)
-        return [str(name) for name in _concat(paths, PLAN_SCHEMA)["output"].to_pylist()]
+        """Names of outputs that generations before this one planned.
+
+        If an older segment is damaged, those of all data files that a run has made.
+        """
+        table, lost = self._read_all("plan", self._older("plan", generation))
+        names = [str(name) for name in table["output"].to_pylist()]
+        if not lost:
+            return names
+        listed = self.listing()["file"].to_pylist()
+        ours = (name for name in listed if read_marks(self.output, name) is not None)
+        return names + [name.rpartition(".")[0] for name in ours]
 
     def of_older_generations(self, generation: int) -> Iterator[FileInfo]:
         """Plan, ledger and findings of generations before this one.
@@ -165,12 +316,24 @@ class RunFolder:
         Not the plan of the last one: an actor that wakes up late may still write an output of it,
         which the next run knows by its name.
         """
-        for kind in ("plan", "ledger", "findings") if generation > 1 else ():
-            older = [info for info in self._list(kind) if _generation(info.path) < generation]
-            last = max((_generation(info.path) for info in older), default=0)
-            for info in older:
-                if kind != "plan" or _generation(info.path) < last:
+        for kind in SCHEMAS if generation > 1 else ():
+            numbered = [(segments.generation_of(info.path), info) for info in self._files(kind)]
+            older = [(number, info) for number, info in numbered if number < generation]
+            last = max((number for number, _ in older), default=0)
+            for number, info in older:
+                if kind != "plan" or number < last:
                     yield info
+
+    def set_aside(self, lost: Mapping[str, DamagedFile]) -> None:
+        """Move damaged segments out of the way, with one line of the log for each."""
+        for path, error in lost.items():
+            kind, name = path.rsplit("/", 2)[1:]
+            aside = f"{self._folder}/{DAMAGED}/{kind}-{name}"
+            logger.warning("moved to %s: %s", aside, error)
+            info, data = storage.stat(path), storage.read(path)
+            if info is not None and data is not None:
+                storage.write(aside, data)
+                storage.remove([info])
 
     # ---- ledger -------------------------------------------------------------------------------
 
@@ -180,7 +343,7 @@ class RunFolder:
         Args:
             tidy: whether many segments are put together, which only he may do who writes here.
         """
-        paths, table = self._read_segments("ledger", generation, RECEIPT_SCHEMA)
+        paths, table = self._read_ledger_segments(generation, tidy)
         if tidy and len(paths) > LEDGER_SEGMENTS:
             self.add_to_ledger(generation, table)
             storage.delete(paths)
@@ -190,7 +353,7 @@ class RunFolder:
         return table if len(last) == len(table) else table.take(last)
 
     def add_to_ledger(self, generation: int, receipts: pa.Table) -> None:
-        storage.write_table(self._new_segment("ledger", generation), receipts)
+        segments.write_segment(self._new_segment("ledger", generation), receipts)
 
     def add_receipts(self, generation: int, receipts: Sequence[Receipt]) -> None:
         """Remembers units that are done, and what they found.
@@ -199,21 +362,28 @@ class RunFolder:
         """
         findings = findings_table((r.unit_id, r.findings) for r in receipts)
         if len(findings):
-            storage.write_table(self._new_segment("findings", generation), findings)
+            segments.write_segment(self._new_segment("findings", generation), findings)
         rows = [asdict(receipt) for receipt in receipts]
         self.add_to_ledger(generation, pa.Table.from_pylist(rows, RECEIPT_SCHEMA))
 
-    def read_findings(self, generation: int, unit_ids: pa.Array, retired: pa.Array) -> pa.Table:
+    def read_findings(
+        self,
+        generation: int,
+        unit_ids: pa.Array,
+        retired: pa.Array,
+        findings_of: FindingsOf | None = None,
+    ) -> pa.Table:
         """What some units found, summed up: a table of SUM_SCHEMA.
 
         Args:
             retired: ids of those whose dead letters do not count any more.
+            findings_of: Gives the findings of units that no segment tells of.
         """
         paths = self._segments("findings", generation)
         if len(paths) > LEDGER_SEGMENTS:
             paths = [self._merge_findings(generation, paths)]
         total, batches, n_rows = SUM_SCHEMA.empty_table(), [], 0
-        for batch in _newest_of_each_unit(paths, set(unit_ids.to_pylist())):
+        for batch in self._findings(generation, paths, set(unit_ids.to_pylist()), findings_of):
             gone = pc.and_(
                 pc.equal(batch["kind"], LETTER), pc.is_in(batch["unit_id"], value_set=retired)
             )
@@ -223,15 +393,35 @@ class RunFolder:
                 total, batches, n_rows = capped(summed([total, *batches])), [], 0
         return capped(summed([total, *batches]))
 
+    def _findings(
+        self,
+        generation: int,
+        paths: Sequence[str],
+        wanted: set[str],
+        findings_of: FindingsOf | None,
+    ) -> Iterator[pa.Table]:
+        """Findings of units from the segments, and of those missing there from their files."""
+        told: set[str] = set()
+        lost: dict[str, DamagedFile] = {}
+        yield from _newest_of_each_unit(paths, wanted, told, lost)
+        self.set_aside(lost)
+        missing = wanted - told
+        if findings_of is None or not missing:
+            return
+        table = findings_table(findings_of(missing))
+        if len(table):
+            logger.warning("findings of units were read from their files n=%d", len(missing))
+            segments.write_segment(self._new_segment("findings", generation), table)
+            yield table
+
     def _merge_findings(self, generation: int, paths: Sequence[str]) -> str:
         """Many segments as one, without holding them all."""
         merged = self._new_segment("findings", generation)
-        with (
-            storage.new_file(merged) as file,
-            pq.ParquetWriter(file, FINDINGS_SCHEMA, compression="zstd") as writer,
-        ):
-            for batch in _newest_of_each_unit(paths, None):
+        lost: dict[str, DamagedFile] = {}
+        with segments.segment_writer(merged, FINDINGS_SCHEMA) as writer:
+            for batch in _newest_of_each_unit(paths, None, set(), lost):
                 writer.write_table(batch)
+        self.set_aside(lost)
         storage.delete(paths)
         return merged
 
@@ -240,31 +430,65 @@ class RunFolder:
         name = f"{generation:03d}-{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
         return f"{self._folder}/{kind}/{name}.parquet"
 
-    def _read_segments(
-        self, kind: str, generation: int, schema: pa.Schema
-    ) -> tuple[list[str], pa.Table]:
+    def _read_ledger_segments(self, generation: int, tidy: bool) -> tuple[list[str], pa.Table]:
         for _ in range(TRIES):
-            paths = self._segments(kind, generation)
+            paths = self._segments("ledger", generation)
             try:
-                return paths, _concat(paths, schema)
+                table, lost = self._read_all("ledger", paths)
             except FileNotFoundError:  # a run has put them together meanwhile
                 continue
-        raise StorageError(f"{self._folder}/{kind}: changes faster than it can be read")
+            if tidy:
+                self.set_aside(lost)
+            for error in () if tidy else lost.values():
+                logger.warning("ignored: %s", error)
+            return [path for path in paths if path not in lost], table
+        raise StorageError(f"{self._folder}/ledger: changes faster than it can be read")
+
+    def _read_all(self, kind: str, paths: Sequence[str]) -> tuple[pa.Table, dict[str, DamagedFile]]:
+        """The rows of all segments that can be read, and the faults of the others by path."""
+        schema = SCHEMAS[kind]
+
+        def read(path: str) -> pa.Table | DamagedFile:
+            try:
+                table = segments.read_segment(path, schema, LATER_COLUMNS, REMEDIES[kind])
+                _require_edition(kind, path, table)
+            except DamagedFile as error:
+                return error
+            return table
+
+        with ThreadPoolExecutor(LOOKING_THREADS) as pool:
+            found = list(pool.map(read, paths))
+        tables = [table for table in found if isinstance(table, pa.Table)]
+        lost = {p: e for p, e in zip(paths, found, strict=True) if isinstance(e, DamagedFile)}
+        return pa.concat_tables(tables) if tables else schema.empty_table(), lost
 
     def _segments(self, kind: str, generation: int) -> list[str]:
-        paths = (info.path for info in self._list(kind))
-        return sorted(path for path in paths if _generation(path) == generation)
+        paths = [p for p in self._list(kind) if segments.generation_of(p) == generation]
+        return sorted(paths, key=_place)
 
     def _older(self, kind: str, generation: int) -> list[str]:
         if generation == 1:
             return []
-        paths = (info.path for info in self._list(kind))
-        return sorted(path for path in paths if _generation(path) < generation)
+        return sorted(p for p in self._list(kind) if segments.generation_of(p) < generation)
 
-    def _list(self, kind: str) -> Iterator[FileInfo]:
-        for info in storage.find(f"{self._folder}/{kind}"):
-            if info.path.endswith(".parquet") and "/." not in info.path[len(self._folder) :]:
+    def _list(self, kind: str) -> Iterator[str]:
+        return (info.path for info in self._files(kind))
+
+    def _files(self, kind: str) -> Iterator[FileInfo]:
+        folder = f"{self._folder}/{kind}"
+        foreign = []
+        for info in storage.find(folder):
+            path = info.path
+            if segments.is_segment(path) and path.rpartition("/")[0] == folder:
                 yield info
+            elif "/." not in path[len(folder) :]:
+                foreign.append(path)
+        if foreign and not self._warned:
+            self._warned = True
+            logger.warning(
+                "%d files in %s are not of this package and are ignored, such as %s",
+                len(foreign), folder, foreign[0],
+            )  # fmt: skip
 
     def last_receipts(self, generation: int, seconds: float) -> tuple[pa.Table, float]:
         """Receipts that were written down in the last while, and the time they took.
@@ -277,9 +501,10 @@ class RunFolder:
         if len(recent) < 2:
             return RECEIPT_SCHEMA.empty_table(), 0.0
         try:  # the first of them began it: its units are older
-            return _concat(recent[1:], RECEIPT_SCHEMA), times[recent[-1]] - times[recent[0]]
+            table, _ = self._read_all("ledger", recent[1:])
         except FileNotFoundError:  # the run has just put them together
             return RECEIPT_SCHEMA.empty_table(), 0.0
+        return table, times[recent[-1]] - times[recent[0]]
 
     # ---- what is done -------------------------------------------------------------------------
 
@@ -302,8 +527,7 @@ class RunFolder:
         """
         listing = self.listing() if listing is None else listing
         ledger = self.read_ledger(info.generation, tidy=not dry)
-        suffix = pa.scalar(info.settings["output-format"])
-        files = pc.binary_join_element_wise(units["output"], suffix, ".").combine_chunks()
+        files = _with_suffix(units["output"], info)
         size = _look_up(files, listing["file"], listing["size"])
         there = pc.is_valid(size)
         receipt = pc.index_in(files, value_set=ledger["output"].combine_chunks())
@@ -350,19 +574,61 @@ class RunFolder:
         return receipts, pa.array(mask)
 
 
+def info_of(data: bytes, path: str) -> RunInfo:
+    """Check the content of run.json.
+
+    Raises:
+        DamagedFile: It is not what a run writes.
+    """
+    values = parse_document(data, path, INFO_FIELDS, INFO_REMEDY, tuple(INFO_FIELDS))
+    require_checksum_of_newer(values, (*INFO_FIELDS, "versions"), path, INFO_REMEDY)
+    names = (*INFO_FIELDS, *(["versions"] if isinstance(values.get("versions"), dict) else []))
+    info = RunInfo(**known(values, names))
+    if info.settings.get("output-format") not in ("parquet", "jsonl") or info.generation < 1:
+        raise damaged(path, "its settings are incomplete", INFO_REMEDY)
+    try:
+        _ = info.arrow_schema
+    except (pa.ArrowException, ValueError, OSError):
+        raise damaged(path, "its schema cannot be decoded", INFO_REMEDY) from None
+    return info
+
+
+def _place(path: str) -> tuple[int, int, str]:
+    """Where a segment stands among others."""
+    return segments.generation_of(path), segments.number_of(path), path
+
+
 def _written(path: str) -> float:
     """When a segment was written, in seconds since 1970, from its name."""
-    return int(path.rpartition("/")[2].split("-")[1]) / 1e9
+    return segments.number_of(path) / 1e9
+
+
+def _require_edition(kind: str, path: str, table: pa.Table) -> None:
+    """A copy of a segment under another name must not count twice."""
+    if kind != "plan" or not len(table):
+        return
+    editions = pc.min_max(table["edition"]).as_py()
+    if set(editions.values()) != {segments.number_of(path)}:
+        raise damaged(path, "it holds another edition than its name says", REMEDIES["plan"])
+
+
+def readable_manifest(output: str) -> Manifest | None:
+    try:
+        return read_manifest(output)
+    except DamagedFile as error:
+        logger.warning("%s", error)
+        return None
+
+
+def _with_suffix(outputs: pa.ChunkedArray, info: RunInfo) -> pa.Array:
+    """Names of the data files of outputs."""
+    suffix = pa.scalar(info.settings["output-format"])
+    return pc.binary_join_element_wise(outputs, suffix, ".").combine_chunks()
 
 
 def with_edition(units: pa.Table, edition: int) -> pa.Table:
     """Units as a segment of the plan."""
     return units.append_column("edition", pa.array([edition] * len(units), pa.int64()))
-
-
-def _generation(path: str) -> int:
-    """Of a segment, from the beginning of its name."""
-    return int(path.rpartition("/")[2].partition("-")[0])
 
 
 def _flat(column: pa.ChunkedArray) -> pa.Array:
@@ -415,11 +681,15 @@ def changed_files(files: pa.Table, units: pa.Table) -> pa.Table:
         units: that count, see current_units.
     """
 
-    def identities(table: pa.Table) -> pa.Array:
-        return _flat(pc.binary_join_element_wise(table["path"], table["version"], "\n"))
+    def identities(table: pa.Table, versions: pa.ChunkedArray) -> pa.Array:
+        return _flat(pc.binary_join_element_wise(table["path"], versions, "\n"))
 
-    known = identities(units)
-    return files.filter(pc.invert(pc.is_in(identities(files), value_set=known)))
+    known = identities(units, units["version"])
+    now = files["version"]
+    # As `storage.same_version`: older releases have written down a part of the version.
+    older = pc.replace_substring_regex(now, storage.CHANGE_TIME, r"\1")
+    same = (pc.is_in(identities(files, v), value_set=known) for v in (now, older))
+    return files.filter(pc.invert(pc.or_(*same)))
 
 
 def removed_files(files: pa.Table, plan: pa.Table) -> list[str]:
@@ -450,31 +720,29 @@ class LedgerWriter:
         self._written = time.monotonic()
 
 
-def _newest_of_each_unit(paths: Sequence[str], wanted: set[str] | None) -> Iterator[pa.Table]:
+def _newest_of_each_unit(
+    paths: Sequence[str],
+    wanted: set[str] | None,
+    told: set[str],
+    lost: dict[str, DamagedFile],
+) -> Iterator[pa.Table]:
     """Rows of segments, in pieces; of a unit that several tell of, those of the newest.
 
     Args:
         wanted: units; None: all.
+        told: Takes the units that rows were given of.
+        lost: Takes the faults of segments that cannot be read.
     """
     # Python's sets: Arrow would hash all that it knows of a million units for every piece.
-    told: set[str] = set()
-    for path in sorted(paths, reverse=True):
+    for path in sorted(paths, key=_place, reverse=True):
         here: set[str] = set()
-        with storage.InputFile(path) as source:
-            for batch in pq.ParquetFile(pa.PythonFile(source, mode="r")).iter_batches():
-                table = pa.Table.from_batches([batch])
+        try:
+            for table in segments.batches(path, FINDINGS_SCHEMA, REMEDIES["findings"]):
                 new = set(table["unit_id"].unique().to_pylist()) - told
                 new = new if wanted is None else new & wanted
                 here |= new
                 values = pa.array(list(new), pa.string())
                 yield table.filter(pc.is_in(table["unit_id"], value_set=values))
+        except DamagedFile as error:  # found out before the first piece
+            lost[path] = error
         told |= here
-
-
-def _concat(paths: Sequence[str], schema: pa.Schema) -> pa.Table:
-    with ThreadPoolExecutor(LOOKING_THREADS) as pool:
-        tables = list(pool.map(storage.read_table, paths))
-    for path, table in zip(paths, tables, strict=True):
-        if table.schema.names != schema.names:
-            raise ConfigError(f"{path} was written by another version of this package")
-    return pa.concat_tables(tables) if tables else schema.empty_table()

@@ -103,7 +103,7 @@ def status(output: str) -> Status:
     report = folder.read_report() or {}
     return Status(
         output=path,
-        task=str(info.settings["task"]),
+        task=str(info.settings.get("task", "")),
         state=state,
         success=storage.stat(storage.join(path, SUCCESS)) is not None,
         host=holder.host if holder else "",

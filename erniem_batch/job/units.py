@@ -6,6 +6,7 @@ Arrow tables: there may be a million of them.
 """
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +22,7 @@ import pyarrow.parquet as pq
 from erniem_batch import storage
 from erniem_batch.errors import ConfigError
 from erniem_batch.storage import FileInfo
+from erniem_batch.terminal import UNSAFE
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
 COMPRESSED_SUFFIXES = (".gz", ".zst")
@@ -29,6 +31,14 @@ INPUT_HELP = ".parquet, .jsonl, .ndjson or .json (the last three also with .gz o
 # Errors of content: what a damaged or vanished file raises. Storage has errors of its own.
 FOOTER_ERRORS = (OSError, pa.ArrowException)
 FOOTER_THREADS = 16
+# Of a part of a name between slashes: 255 are usual, and the longest addition is like
+# `-00001.12345.replay-123.parquet.json`. Of a whole name: object storage allows 1,024.
+MOST_PART_BYTES, CUT_BYTES = 200, 180
+MOST_NAME_BYTES = 700
+# Characters that no output name has: those that act on a terminal or break a line, and those that
+# stand for bytes that are not UTF-8.
+ODD = re.compile(f"{UNSAFE.pattern}|[\uf780-\uf7ff]")
+LIKE_OURS = re.compile(r"~[0-9a-f]{16}$")
 BATCH = 20_000
 
 
@@ -191,7 +201,7 @@ def _known_files(pattern: str, input_format: str, counts: dict[str, int]) -> Ite
 
 def _expand(path: str) -> Iterator[tuple[FileInfo, str]]:
     """Files and the folder that their names are relative to."""
-    if any(char in path for char in "*?[") and storage.stat(path) is None:
+    if storage.is_pattern(path) and not storage.exists(path):
         for match in storage.glob(path):
             yield from _below(match)
     else:
@@ -210,7 +220,8 @@ def _below(path: str) -> Iterator[tuple[FileInfo, str]]:
 
 
 def _source_file(info: FileInfo, root: str, input_format: str) -> SourceFile | None:
-    name = PurePosixPath(info.path[len(root) + 1 :])
+    folder, _, last_name = info.path[len(root) + 1 :].rpartition("/")
+    name = PurePosixPath(last_name)
     if name.suffix.lower() in COMPRESSED_SUFFIXES:
         name = name.with_suffix("")
     last = name.suffix.lower()
@@ -218,8 +229,54 @@ def _source_file(info: FileInfo, root: str, input_format: str) -> SourceFile | N
     format_ = known if input_format == "auto" else input_format
     if format_ is None:
         return None
-    stem = name.with_suffix("") if known else name
-    return SourceFile(info.path, stem.as_posix(), format_, info.size, info.version)
+    stem = str(name.with_suffix("") if known else name)
+    stem = output_stem(f"{folder}/{stem}" if folder else stem)
+    return SourceFile(info.path, stem, format_, info.size, info.version)
+
+
+def output_stem(name: str) -> str:
+    """A name for outputs, from that of an input relative to its folder.
+
+    Nearly always the name itself. A name that cannot be that of an output is written with % and
+    hexadecimal digits, as in URLs, cut if it is too long, and ends with ~ and a hash of the whole
+    name. A name that looks like such a one is changed, too, so that no two inputs share an output.
+    """
+    parts = name.split("/")
+    if all(map(_is_plain, parts)) and len(name.encode()) <= MOST_NAME_BYTES:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+    parts = [_percent(part) for part in parts]
+    if sum(len(part.encode()) for part in parts) > MOST_NAME_BYTES:
+        parts = parts[-1:]
+    *folders, last = parts
+    short = [part if len(part.encode()) <= MOST_PART_BYTES else _cut(part) for part in folders]
+    return "/".join([*short, f"{_cut(last)}~{digest}"])
+
+
+def _is_plain(part: str) -> bool:
+    return (
+        not ODD.search(part)
+        and not LIKE_OURS.search(part)
+        and not part.startswith(("_", "."))
+        and 0 < len(part.encode()) <= MOST_PART_BYTES
+    )
+
+
+def _percent(part: str) -> str:
+    """A part of a name with all that is odd as %XX; it begins with neither _ nor a dot."""
+    text = re.sub(f"%|{ODD.pattern}", lambda found: _digits(found[0]), part)
+    return _digits(text[:1]) + text[1:] if text.startswith(("_", ".")) else text or "%"
+
+
+def _digits(char: str) -> str:
+    code = ord(char)
+    # The first of these stand for bytes that are not UTF-8, see `storage`.
+    data = bytes([code - 0xF700]) if 0xF780 <= code <= 0xF7FF else char.encode()
+    return "".join(f"%{byte:02X}" for byte in data)
+
+
+def _cut(part: str) -> str:
+    return part.encode()[:CUT_BYTES].decode(errors="ignore")
 
 
 # ---- slices -----------------------------------------------------------------------------------

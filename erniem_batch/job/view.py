@@ -4,17 +4,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from erniem_batch import storage
 from erniem_batch.job.actor import Receipt
 from erniem_batch.job.config import JobConfig
+from erniem_batch.terminal import printable, safe_markup
 
 if TYPE_CHECKING:
     from erniem_batch.job.forecast import Forecast
     from erniem_batch.job.status import Status
+    from erniem_batch.job.verify import Verification
 
 SHOWN_ROWS = 6
 SHOWN_CHARACTERS = 220
@@ -76,7 +77,7 @@ def show_labels(row: Row, text: str) -> Text:
     """The best label before the text."""
     line = _title(row)
     if row["predicted_label"] is not None:
-        line.append(row["predicted_label"], style=f"not dim {OTHER_COLOUR}")
+        line.append(_flat(row["predicted_label"]), style=f"not dim {OTHER_COLOUR}")
         line.append(f" {row['predicted_score']:.2f}  ", style="bold not dim")
     return line.append(_short(text), style="default not dim")
 
@@ -123,7 +124,7 @@ VIEWS: dict[str, Callable[[Row, str], Text | None]] = {
 
 def highlight(text: str, entities: Sequence[Row], title: str = "") -> Text:
     """The text with its entities marked and named; long texts are cut in this view only."""
-    line = Text(f"{title:>8}  ", style="dim")
+    line = Text(f"{_flat(title):>8}  ", style="dim")
     at = 0
     for entity in entities:
         if entity["end"] > SHOWN_CHARACTERS:
@@ -131,7 +132,7 @@ def highlight(text: str, entities: Sequence[Row], title: str = "") -> Text:
         line.append(_flat(text[at : entity["start"]]), style="default not dim")
         style = COLOURS.get(entity["label"], OTHER_COLOUR)
         line.append(_flat(entity["text"]), style=f"not dim {style}")
-        line.append(f" {entity['label']}", style="bold not dim")
+        line.append(f" {_flat(entity['label'])}", style="bold not dim")
         at = entity["end"]
     rest = text[at : max(at, SHOWN_CHARACTERS)]
     line.append(
@@ -142,7 +143,7 @@ def highlight(text: str, entities: Sequence[Row], title: str = "") -> Text:
 
 
 def _title(row: Row) -> Text:
-    return Text(f"{row.get('lang', ''):>8}  ", style="dim")
+    return Text(f"{_flat(str(row.get('lang', ''))):>8}  ", style="dim")
 
 
 def _short(text: str) -> str:
@@ -151,7 +152,7 @@ def _short(text: str) -> str:
 
 
 def _flat(text: str) -> str:
-    return "".join(" " if char.isspace() else char for char in text)
+    return printable("".join(" " if char.isspace() else char for char in text))
 
 
 # ---- a forecast -------------------------------------------------------------------------------
@@ -174,7 +175,7 @@ def show_forecast(made: "Forecast", console: Console) -> None:
         if shares:
             console.print(_bars(title, shares))
     for warning in made.warnings:
-        console.print(f"[bold yellow]warning:[/] {escape(warning)}", soft_wrap=True)
+        console.print(f"[bold yellow]warning:[/] {safe_markup(warning)}", soft_wrap=True)
 
 
 def _figures(made: "Forecast") -> Iterator[tuple[str, str]]:
@@ -231,17 +232,44 @@ def _bars(title: str, shares: Mapping[str, float]) -> Table:
     largest = max(shares.values())
     for name, share in shares.items():
         bar = "█" * round(BAR * share / largest) or ("▏" if share else "")
-        table.add_row(f"{escape(name):>16}", f"[cyan]{bar}[/]", f"{share:.1%}")
+        table.add_row(f"{safe_markup(name):>16}", f"[cyan]{bar}[/]", f"{share:.1%}")
     return table
 
 
 # ---- how far ----------------------------------------------------------------------------------
 
 
+SHOWN_FAULTS = 20
+
+
+def show_verification(found: "Verification", console: Console) -> None:
+    """The outcome of `verify` in a few lines."""
+
+    def line(name: str, value: str, style: str = "bold") -> None:
+        console.print(
+            f"[{style}]{name:>16}[/]  {safe_markup(value)}", highlight=False, soft_wrap=True
+        )
+
+    line("files", f"{found.files:,} with {found.rows:,} rows, {_bytes(found.bytes)}")
+    line("dead letters", f"{found.dead_letters:,} in {found.dead_letter_files:,} files")
+    line("checksums", f"{found.checksums:,} of {found.files:,} files have one")
+    if found.spans:
+        line("offsets", f"{found.spans:,} compared with their text")
+    for damage in found.damaged[:SHOWN_FAULTS]:
+        line("damaged", f"{damage.name}: {damage.what}: {damage.repair}", "bold red")
+    for name in found.unnamed[:SHOWN_FAULTS]:
+        line("not named", f"{name}: no part of the result", "bold red" if found.success else "bold")
+    more = len(found.damaged) + len(found.unnamed) - 2 * SHOWN_FAULTS
+    if more > 0:
+        line("and more", f"{len(found.damaged)} damaged, {len(found.unnamed)} not named")
+    line("verdict", "damaged" if found.exit_code else "sound", "bold")
+
+
 def show_status(found: "Status", console: Console) -> None:
     """A run in a few lines."""
     bar = round(BAR * found.done_share)
-    console.print(f"[bold]{found.task}[/] into {escape(found.output)} {found.words}")
+    task, words = safe_markup(found.task), safe_markup(found.words)
+    console.print(f"[bold]{task}[/] into {safe_markup(found.output)} {words}")
     console.print(f"[cyan]{'█' * bar}[/][dim]{'░' * (BAR - bar)}[/] {found.done_share:.1%}")
     rows = [
         ("units", f"{found.units_done:,} of {found.units:,}"),
@@ -259,4 +287,4 @@ def show_status(found: "Status", console: Console) -> None:
         rows.append(("process", f"{found.pid} on {found.host}"))
     rows.append(("published", "yes, _SUCCESS stands" if found.success else "no"))
     for name, value in rows:
-        console.print(f"[bold]{name:>16}[/]  {escape(value)}", highlight=False, soft_wrap=True)
+        console.print(f"[bold]{name:>16}[/]  {safe_markup(value)}", highlight=False, soft_wrap=True)

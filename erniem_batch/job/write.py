@@ -2,21 +2,37 @@
 
 import base64
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import IO, Any
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from erniem_batch import storage
-from erniem_batch.errors import Conflict
+from erniem_batch.errors import Conflict, DamagedFile
 from erniem_batch.job.config import LANGUAGE_COLUMN
+from erniem_batch.job.documents import (
+    damaged,
+    known,
+    parse_document,
+    require_checksum_of_newer,
+    with_checksum,
+)
+from erniem_batch.job.findings import is_findings
 from erniem_batch.records import Prediction
 from erniem_batch.tasks.base import Task
 
+logger = logging.getLogger(__name__)
+
 MARKS = b"erniem_batch"
 SIDECARS = "_run/sidecars"
+COUNTS = ("n_rows", "n_ok", "n_dead", "n_found", "n_tokens", "n_windows", "n_truncated")
+MARK_FIELDS = {"unit": str, "fingerprint": str, "source": dict, "counts": dict}
+# What the checksum of marks covers.
+MARKED = (*MARK_FIELDS, "n_bytes", "findings", "sha256", "letters")
+REMEDY = "run the same command again"
 
 COUNTED_SCHEMA = pa.schema(
     [
@@ -59,7 +75,7 @@ class Marks:
         source: file, version and slice.
         counts: as in the receipt.
         findings: as in the receipt.
-        n_bytes: size of the file; JSONL only, whose marks are kept apart.
+        n_bytes, sha256: of the file; JSONL only, whose marks are kept apart.
         letters: file of the dead letters of the attempt that wrote this file, in the output
             folder; empty: there are none, or an older release wrote it.
     """
@@ -70,12 +86,38 @@ class Marks:
     counts: dict[str, int]
     n_bytes: int | None = None
     findings: str = ""
+    sha256: str | None = None
     letters: str = ""
+
+    def encode(self, **changes: Any) -> bytes:
+        """The marks as JSON, with a checksum."""
+        values = with_checksum(asdict(replace(self, **changes)), MARKED)
+        return json.dumps(values, sort_keys=True).encode()
+
+    @classmethod
+    def decode(cls, data: bytes, path: str) -> Self:
+        """The marks of an encode.
+
+        Raises:
+            DamagedFile: Something is missing, of another type or changed.
+        """
+        values = parse_document(data, path, MARK_FIELDS, REMEDY, MARKED)
+        require_checksum_of_newer(values, MARKED, path, REMEDY)
+        values["counts"] = known(values["counts"], COUNTS)
+        marks = cls(**known(values, [f.name for f in fields(cls)]))
+        is_sound = {type(n) for n in marks.counts.values()} <= {int}
+        is_sound = is_sound and type(marks.n_bytes) in (int, type(None))
+        is_sound = is_sound and type(marks.letters) is str
+        if not (is_sound and type(marks.sha256) in (str, type(None))):
+            raise damaged(path, "it has fields of other types", REMEDY)
+        if not is_findings(marks.findings):
+            raise damaged(path, "its findings are not a list of counts", REMEDY)
+        return marks
 
 
 def write_tables(
     output: str, name: str, tables: Iterable[pa.Table], marks: Callable[[], Marks]
-) -> tuple[int, int]:
+) -> tuple[int, int, str]:
     """Writes tables into one file, which appears when all of it is there, with its marks.
 
     Args:
@@ -83,34 +125,34 @@ def write_tables(
         marks: asked for when the last table has been written.
 
     Returns:
-        Rows and bytes of the file.
+        Rows, bytes and SHA-256 of the file.
 
     Raises:
         Conflict: another attempt at the unit has written the file meanwhile.
     """
     n_rows = 0
     jsonl = name.endswith(".jsonl")
-    with storage.new_file(storage.join(output, name), exclusive=True) as file:
+    with storage.new_file(storage.join(output, name), exclusive=True) as plain:
+        file = storage.Hashed(plain)
         for table in (_write_jsonl if jsonl else _write_parquet)(file, tables, marks):
             n_rows += len(table)
         n_bytes = file.tell()
     if jsonl:  # after the data, which without it counts for nothing
-        _write_sidecar(output, name, replace(marks(), n_bytes=n_bytes))
-    return n_rows, n_bytes
+        _write_sidecar(output, name, marks().encode(n_bytes=n_bytes, sha256=file.sha256()))
+    return n_rows, n_bytes, file.sha256()
 
 
-def _write_sidecar(output: str, name: str, marks: Marks) -> None:
+def _write_sidecar(output: str, name: str, marks: bytes) -> None:
     """The marks of a JSONL file that this attempt has just written.
 
     Raises:
         Conflict: another attempt has replaced the file.
     """
     path = sidecar(output, name)
-    text = json.dumps(asdict(marks), sort_keys=True)
     while True:
         try:
             with storage.new_file(path, exclusive=True) as file:
-                file.write(text.encode())
+                file.write(marks)
             return
         except Conflict:
             if read_marks(output, name) is not None:
@@ -137,11 +179,16 @@ def read_marks(output: str, name: str) -> Marks | None:
     try:
         if name.endswith(".jsonl"):
             info, text = storage.stat(path), storage.read(sidecar(output, name))
-            marks = None if info is None or text is None else Marks(**json.loads(text))
-            return marks if marks and info and marks.n_bytes == info.size else None
+            if info is None or text is None:
+                return None
+            marks = Marks.decode(text, sidecar(output, name))
+            return marks if marks.n_bytes == info.size else None
         with storage.InputFile(path) as source:
             metadata = pq.read_metadata(pa.PythonFile(source, mode="r")).metadata
-        return Marks(**json.loads(metadata[MARKS]))
+        return Marks.decode(metadata[MARKS], path)
+    except DamagedFile as error:
+        logger.warning("not used, so the unit is made again: %s", error)
+        return None
     except (OSError, pa.ArrowException, ValueError, KeyError, TypeError):
         return None
 
@@ -152,7 +199,7 @@ def sidecar(output: str, name: str) -> str:
 
 
 def _write_jsonl(
-    file: IO[bytes], tables: Iterable[pa.Table], marks: Callable[[], Marks]
+    file: storage.Hashed, tables: Iterable[pa.Table], marks: Callable[[], Marks]
 ) -> Iterator[pa.Table]:
     for table in tables:
         for row in table.to_pylist():
@@ -167,18 +214,19 @@ def _plain(value: Any) -> str:
 
 
 def _write_parquet(
-    file: IO[bytes], tables: Iterable[pa.Table], marks: Callable[[], Marks]
+    file: storage.Hashed, tables: Iterable[pa.Table], marks: Callable[[], Marks]
 ) -> Iterator[pa.Table]:
     writer = None
     try:
         for table in tables:
             if writer is None:
-                writer = pq.ParquetWriter(file, table.schema, compression="zstd")
+                writer = pq.ParquetWriter(
+                    file, table.schema, compression="zstd", write_page_checksum=True
+                )
             writer.write_table(table)
             yield table
         if writer is not None:
-            text = json.dumps(asdict(marks()), sort_keys=True)
-            writer.add_key_value_metadata({MARKS: text.encode()})
+            writer.add_key_value_metadata({MARKS: marks().encode()})
     finally:
         # After an error too: left to the garbage collector it writes to a closed file. What it
         # writes here then is thrown away with the file.

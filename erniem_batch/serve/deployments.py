@@ -23,6 +23,7 @@ from erniem_batch.serve.engine import Ask, Engine, Refusal, Served
 from erniem_batch.serve.memory import Trimmer
 from erniem_batch.serve.metrics import BatchMetrics, RequestMetrics
 from erniem_batch.serve.receive import OnlyTheBody
+from erniem_batch.terminal import PrintableFilter
 
 HTTP_CPUS = 0.5
 # More than this waits for a replica, and the proxy says to come again.
@@ -236,5 +237,8 @@ def configure_replica_logging() -> None:
     """Our lines go where Serve's go."""
     package = logging.getLogger("erniem_batch")
     package.handlers[:] = logging.getLogger("ray.serve").handlers
+    for handler in package.handlers:
+        if not any(isinstance(one, PrintableFilter) for one in handler.filters):
+            handler.addFilter(PrintableFilter())
     package.setLevel(logging.INFO)
     package.propagate = False

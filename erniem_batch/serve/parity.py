@@ -17,7 +17,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from erniem_batch import storage
@@ -25,6 +24,7 @@ from erniem_batch.client import Client, Failed, ModelCard, Result, ServiceError
 from erniem_batch.errors import ConfigError, RecordError
 from erniem_batch.job.chunks import CONTENT_ERRORS
 from erniem_batch.job.config import COUNTED_COLUMNS, LANGUAGE_COLUMN, TASK_FIELDS, TEXT_FLAGS
+from erniem_batch.job.documents import parse_document
 from erniem_batch.job.jsonl import open_jsonl, parse_line, value_at
 from erniem_batch.job.manifest import MANIFEST, Entry, Manifest, read_manifest
 from erniem_batch.options import (
@@ -36,6 +36,7 @@ from erniem_batch.options import (
     options_of,
 )
 from erniem_batch.serve.messages import NOT_ONLINE, TEXT_NAMES
+from erniem_batch.terminal import safe_markup
 
 Row = dict[str, Any]
 Items = list[dict[str, Any]]
@@ -92,7 +93,9 @@ def read_run(output: str) -> Run:
     data = storage.read(storage.join(folder, RUN_INFO))
     if manifest is None or data is None:
         raise ConfigError(f"{output}: no finished batch run (no {MANIFEST} or no {RUN_INFO})")
-    info = json.loads(data)
+    remedy = "run the command of the run again, which writes it anew where it can"
+    fields = {"fingerprint": str, "settings": dict}
+    info = parse_document(data, storage.join(folder, RUN_INFO), fields, remedy)
     if info["fingerprint"] != manifest.fingerprint:
         raise ConfigError(
             f"{output}: a run with other settings has begun there: let it finish, then compare"
@@ -598,13 +601,13 @@ def show(report: ParityReport, console: Console) -> None:
         table.add_row(name, *figures, style=style)
     console.print(table)
     for finding in report.findings:
-        console.print(f"[bold red]{escape(finding)}[/]", highlight=False, soft_wrap=True)
+        console.print(f"[bold red]{safe_markup(finding)}[/]", highlight=False, soft_wrap=True)
     for place in report.different[:SHOWN]:
         why = ", ".join(place.get("columns", ())) or f"refused: {place['error']}"
-        console.print(escape(f"{_shown(place)}  {why}"), highlight=False, soft_wrap=True)
+        console.print(safe_markup(f"{_shown(place)}  {why}"), highlight=False, soft_wrap=True)
     for place in report.answered_letters[:SHOWN]:
         text = f"{_shown(place)}  a dead letter of the run, answered by the service"
-        console.print(escape(text), highlight=False, soft_wrap=True)
+        console.print(safe_markup(text), highlight=False, soft_wrap=True)
     if report.n_letters:
         refused = report.n_letters - len(report.answered_letters)
         console.print(f"{refused:,} of {report.n_letters:,} dead letters refused as by the run")

@@ -13,6 +13,7 @@ from erniem_batch.errors import ConfigError
 from erniem_batch.job.cluster import SPARE_CPUS, connect_to
 from erniem_batch.serve.flags import ServeFlags
 from erniem_batch.serve.tokens import allowed_hashes
+from erniem_batch.terminal import safe_markup
 
 NAME = "erniem-batch"
 # For so many replicas.
@@ -69,7 +70,9 @@ def serve(flags: ServeFlags, until: Callable[[], object] | None = None) -> None:
         )
         ray_serve.run(app(config), name=NAME, route_prefix="/", logging_config=log)
     scheme = "https" if flags.tls_cert else "http"
-    console.print(f"serving {', '.join(m.name for m in config.all_models)}", highlight=False)
+    console.print(
+        f"serving {safe_markup(', '.join(m.name for m in config.all_models))}", highlight=False
+    )
     console.print(f"  page     {scheme}://{flags.host}:{flags.port}/")
     console.print(f"  API      {scheme}://{flags.host}:{flags.port}/docs")
     if flags.direct_port is not None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from erniem_batch import storage
 from erniem_batch.errors import CheckpointError, ConfigError, JobError
+from erniem_batch.job.apart import require_apart
 from erniem_batch.job.cluster import SPARE_CPUS, connect_to
 from erniem_batch.job.lease import Lease, require_owner
 from erniem_batch.model.config import ErnieMConfig
@@ -76,6 +77,9 @@ def finetune(config: FinetuneConfig) -> FinetuneReport:
     if done is not None:
         logger.info("nothing to do, the model is complete output=%s", config.output)
         return done
+    for task in config.tasks:
+        require_apart(config.inputs(task), output, flag="--train", inside=False)
+        require_apart(config.dev_inputs(task), output, flag="--dev", inside=False)
     _check_input(config)
     if config.overwrite:
         _require_elsewhere(config, output)

@@ -168,10 +168,10 @@ def _named(result: Result, loose: set[str]) -> Any:
     if not result.manifest:
         return None
     values = json.loads(result.manifest)
-    del values["lease"]
+    del values["lease"], values["checksum"]
     for entry in values["files"]:
         if entry["name"] in loose:
-            del entry["n_bytes"]
+            del entry["n_bytes"], entry["sha256"]
     for entry in values["dead_letters"]:
         entry["name"] = _of_no_attempt(entry["name"])
     return values

@@ -36,7 +36,7 @@ def unowned(output):
     """The files, but for which run has published them."""
     files = {name: content for name, content in data(output).items() if name != "_SUCCESS"}
     values = json.loads(files["_manifest.json"])
-    del values["lease"]
+    del values["lease"], values["checksum"]
     return files | {"_manifest.json": values}
 
 

@@ -64,11 +64,11 @@ def write(folder, made, n=2, fingerprint="f1", suffix="parquet"):
     """The unit's data file; gives its receipt."""
     name = f"{made.output}.{suffix}"
     counts = {**COUNTS, "n_rows": n, "n_ok": n}
-    _, n_bytes = write_tables(
+    _, n_bytes, digest = write_tables(
         folder.output, name, [pa.table({"text": ["a"] * n})],
         lambda: Marks(made.id, fingerprint, {}, counts),
     )  # fmt: skip
-    return Receipt(made.id, name, **counts, output_bytes=n_bytes)
+    return Receipt(made.id, name, **counts, output_bytes=n_bytes, sha256=digest)
 
 
 def note(folder, *receipts):
@@ -324,15 +324,15 @@ def test_segments_that_go_while_they_are_read(folder, monkeypatch):
     monkeypatch.setattr(module, "LEDGER_SEGMENTS", 5)
     for i in range(9):
         note(folder, Receipt(f"u{i}", f"{i}.parquet"))
-    real = module._concat
+    real = RunFolder._read_all
 
-    def slow(paths, schema):
+    def slow(self, kind, paths):
         if len(paths) == 9:
-            monkeypatch.setattr(module, "_concat", real)
+            monkeypatch.setattr(RunFolder, "_read_all", real)
             RunFolder(folder.output).read_ledger(1, tidy=True)
-        return real(paths, schema)
+        return real(self, kind, paths)
 
-    monkeypatch.setattr(module, "_concat", slow)
+    monkeypatch.setattr(RunFolder, "_read_all", slow)
     assert len(folder.read_ledger(1)) == 9
     assert len(_segments(folder)) == 1
 
@@ -346,8 +346,11 @@ def test_a_segment_that_was_never_finished_is_not_read(folder):
 
 def test_reports_and_forecasts(folder):
     assert folder.read_report() is folder.read_forecast() is None
-    folder.write_report({"a": 1}, "<p>", Alone())
-    folder.write_forecast({"b": 2})
-    assert (folder.read_report(), folder.read_forecast()) == ({"a": 1}, {"b": 2})
-    assert json.loads(storage.read(f"{folder.output}/_run/report.json")) == {"a": 1}
+    report = {"exit_code": 4, "a": 1}
+    folder.write_report(report, "<p>", Alone())
+    values = {"fingerprint": "f1", "units": 1, "rows": 2, "tokens": 3, "seconds": None}
+    folder.write_forecast(values)
+    assert folder.read_forecast() == values
+    assert folder.read_report() == {**report, "checksum": folder.read_report()["checksum"]}
+    assert json.loads(storage.read(f"{folder.output}/_run/report.json")) == folder.read_report()
     assert storage.read(f"{folder.output}/_run/report.html") == b"<p>"
