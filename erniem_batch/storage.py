@@ -407,6 +407,22 @@ def new_file(path: str) -> Iterator[IO[bytes]]:
             temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def scratch(folder: str) -> Iterator[IO[bytes]]:
+    """A file without a name that is gone when the block has ended.
+
+    Args:
+        folder: of results; a local one has the file, since there is room for them.
+    """
+    if not is_remote(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    with (
+        _storage_errors(folder, "writing a temporary file"),
+        tempfile.TemporaryFile(dir=None if is_remote(folder) else folder) as file,
+    ):
+        yield file
+
+
 def unfinished(folder: str) -> Iterator[str]:
     """Temporary files below a folder; those of writers that were killed, if nobody is writing."""
     if not is_remote(folder):
@@ -425,6 +441,16 @@ def write_table(path: str, table: pa.Table) -> None:
     """Replaces a Parquet file, or makes it, in one step."""
     with new_file(path) as file:
         pq.write_table(table, file, compression="zstd")
+
+
+def write_tables(path: str, tables: Iterable[pa.Table]) -> None:
+    """The same from several tables of one schema, each a row group."""
+    tables = iter(tables)
+    table = next(tables)
+    with new_file(path) as file, pq.ParquetWriter(file, table.schema, compression="zstd") as writer:
+        writer.write_table(table)
+        for table in tables:
+            writer.write_table(table)
 
 
 def delete(paths: Iterable[str]) -> None:

@@ -353,7 +353,7 @@ def _jsonl_slices(file: SourceFile, unit_bytes: int) -> Iterator[dict[str, Any]]
 
 def _limited(units: Iterable[Unit], limit: int) -> Iterator[Unit]:
     """The first units, up to so many rows; JSONL rows are counted by reading."""
-    from erniem_batch.job.jsonl import count_rows
+    from erniem_batch.job.lines import count_rows
 
     for unit in units:
         if limit <= 0:

@@ -25,7 +25,8 @@ from erniem_batch.client import Client, Failed, ModelCard, Result, ServiceError
 from erniem_batch.errors import ConfigError, RecordError
 from erniem_batch.job.chunks import CONTENT_ERRORS
 from erniem_batch.job.config import COUNTED_COLUMNS, LANGUAGE_COLUMN, TASK_FIELDS, TEXT_FLAGS
-from erniem_batch.job.jsonl import open_jsonl, parse_line, value_at
+from erniem_batch.job.jsonl import parse_line, value_at
+from erniem_batch.job.lines import bounded_lines
 from erniem_batch.job.manifest import MANIFEST, Entry, Manifest, read_manifest
 from erniem_batch.options import (
     OPTIONS,
@@ -240,10 +241,9 @@ def _parquet_rows(path: str, numbers: Sequence[int], columns: Sequence[str]) -> 
 
 def _jsonl_rows(path: str, numbers: Sequence[int], columns: Sequence[str]) -> Iterator[Row]:
     wanted = set(numbers)
-    with open_jsonl(path) as lines:
-        for number, line in enumerate(lines):
-            if number in wanted:
-                yield parse_line(line)
+    for number, line in enumerate(bounded_lines(path)):
+        if number in wanted and not isinstance(line, int):
+            yield parse_line(line)
 
 
 def _without_null(value: Any) -> Any:
