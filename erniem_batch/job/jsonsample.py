@@ -2,8 +2,10 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -14,12 +16,14 @@ from erniem_batch.job.chunks import CONTENT_ERRORS, flag_of, no_column
 from erniem_batch.job.jsonl import is_usable, parse_line, value_at
 from erniem_batch.job.jsontypes import infer_schema
 from erniem_batch.job.lines import BOM, decompressed, lines_of
-from erniem_batch.job.units import SourceFile, Unit
+from erniem_batch.job.units import BATCH, FOOTER_THREADS, SourceFile, Unit
 
 SAMPLE_BYTES = 1 << 20
 # A longer line has no say in the types of columns; the sample ends where none is shorter.
 SAMPLED_LINE_BYTES = 8 << 20
 SAMPLE_SKIPPED_BYTES = 256 << 20
+HEAD_BYTES = 64 << 10  # that tell JSON from JSON Lines
+NAMED_JSON = re.compile(r"\.json(\.gz|\.zst)?$", re.IGNORECASE)
 
 
 class NotLines(ConfigError):
@@ -79,6 +83,17 @@ def sample(file: SourceFile) -> tuple[list[dict[str, Any]], int]:
     return rows, n_bytes
 
 
+def require_all_lines(files: Iterable[SourceFile]) -> None:
+    """Raises NotLines if a file of JSON, by its name, is not JSON Lines.
+
+    Files named .jsonl or .ndjson are believed: they may be a million.
+    """
+    named = (file for file in files if file.format == "jsonl" and NAMED_JSON.search(file.path))
+    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+        while some := list(islice(named, BATCH)):
+            list(pool.map(require_lines, some))
+
+
 def require_lines(file: SourceFile) -> None:
     """Raises NotLines if a file is one JSON array or object over several lines."""
     head = b""
@@ -87,7 +102,7 @@ def require_lines(file: SourceFile) -> None:
         storage.InputFile(file.path) as source,
         decompressed(file.path, source) as stream,
     ):
-        head = stream.read(SAMPLE_BYTES)
+        head = stream.read(HEAD_BYTES)
     what = _not_lines(head.removeprefix(BOM).decode("utf-8", errors="ignore").lstrip())
     if what:
         remedy = "jq -c '.[]'" if what == "a JSON array" else "jq -c ."
@@ -106,7 +121,7 @@ def _not_lines(head: str) -> str:
         value, end = json.JSONDecoder().raw_decode(head)
     except json.JSONDecodeError as error:
         # Right up to where the text was cut: the rest is not in it.
-        is_cut = len(head.encode()) >= SAMPLE_BYTES // 2 and (
+        is_cut = len(head.encode()) >= HEAD_BYTES // 2 and (
             error.pos >= len(head) - 64 or error.msg.startswith("Unterminated string")
         )
         is_array = re.match(r"\[\s*\{", head) is not None

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from erniem_batch.errors import ConfigError
 from erniem_batch.job.config import JobConfig
+from erniem_batch.job.jsonsample import require_all_lines
 from erniem_batch.job.letters import DEAD_LETTERS
 from erniem_batch.job.manifest import read_manifest
 from erniem_batch.job.read import input_schema
@@ -139,6 +140,7 @@ def _new_units(
     if not len(new):
         return UNIT_SCHEMA.empty_table()
     logger.info("planning files=%d", len(new))
+    require_all_lines(files_of(new))
     known = new["path"].filter(pc.is_in(new["path"], plan["path"].combine_chunks()))
     if info.generation > 1:
         known = new["path"]

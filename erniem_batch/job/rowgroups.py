@@ -6,7 +6,7 @@ headers, those of strings from their dictionaries, which Arrow gives without rep
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -69,7 +69,7 @@ class RowGroups:
         self._file = self._open(pre_buffer=True)
         self.metadata = self._file.metadata
         self.schema: pa.Schema = self._file.schema_arrow.remove_metadata()
-        self._in_dictionaries: dict[bool, pq.ParquetFile] = {}
+        self._files: dict[tuple[bool, frozenset[str]], pq.ParquetFile] = {}
 
     def _open(self, **options: Any) -> pq.ParquetFile:
         return pq.ParquetFile(pa.PythonFile(self._source, mode="r"), **options)
@@ -84,7 +84,9 @@ class RowGroups:
             PageTooLarge: a page is larger than its reader admits.
         """
         leaves = self._leaves(group, columns)
-        costs = [_cost(leaf, list(self._pages(leaf))) for leaf in leaves]
+        costs = [_cost(leaf) for leaf in leaves]
+        plain = frozenset(leaf.column.path for leaf in leaves if leaf.is_plain)
+        fetched = sum(leaf.chunk.total_compressed_size for leaf in leaves) <= FETCHED_BYTES
         largest = max((cost.page_bytes for cost in costs), default=0)
         if self._max_row_bytes is not None and largest > PAGE_ROWS * self._max_row_bytes:
             raise PageTooLarge(
@@ -94,57 +96,90 @@ class RowGroups:
             )
         n_rows = _rows_at_once(costs, self.metadata.row_group(group).num_rows)
         with _one_at_a_time if largest > LARGE_PAGE_BYTES else nullcontext():
-            yield from _joined(self._pieces(group, columns, leaves, n_rows))
+            file = self._file_with_dictionaries(fetched, plain)
+            yield from _joined(self._pieces(file, group, columns, n_rows))
 
     def _leaves(self, group: int, columns: Sequence[str] | None) -> list["_Leaf"]:
         meta = self.metadata.row_group(group)
         names = self.schema.names if columns is None else columns
         found = []
         for i in range(meta.num_columns):
-            chunk, path = meta.column(i), self.metadata.schema.column(i)
-            if any(path.path == name or path.path.startswith(f"{name}.") for name in names):
-                found.append(_Leaf(chunk, path, meta.num_rows))
+            chunk, column = meta.column(i), self.metadata.schema.column(i)
+            for name in names:
+                if column.path == name or column.path.startswith(f"{name}."):
+                    of_pages = list(self._pages(chunk))
+                    is_plain = _has_views(self.schema.field(name).type) or any(
+                        page.encoding == pages.DELTA_BYTE_ARRAY for page in of_pages
+                    )
+                    found.append(_Leaf(chunk, column, meta.num_rows, of_pages, is_plain))
+                    break
         return found
 
-    def _pages(self, leaf: "_Leaf") -> Iterator[pages.Page]:
-        chunk = leaf.chunk
+    def _pages(self, chunk: Any) -> Iterator[pages.Page]:
         starts = (chunk.dictionary_page_offset, chunk.data_page_offset)
         start = min(place for place in starts if place)
         return pages.pages_of(self._source, start, start + chunk.total_compressed_size)
 
     def _pieces(
-        self, group: int, columns: Sequence[str] | None, leaves: list["_Leaf"], n_rows: int
+        self, file: pq.ParquetFile, group: int, columns: Sequence[str] | None, n_rows: int
     ) -> Iterator[Rows]:
         """Rows as Arrow gives them, so many at a time, cut where they would grow too large."""
-        fetched = sum(leaf.chunk.total_compressed_size for leaf in leaves) <= FETCHED_BYTES
-        file = self._file_with_dictionaries(fetched)
         names = None if columns is None else list(columns)
+        most = self._max_row_bytes
         for batch in file.iter_batches(n_rows, [group], names, use_threads=False):
             sizes = _row_sizes(batch)
-            for start, end in _cuts(sizes, self._max_row_bytes):
+            for start, end in _cuts(sizes, most):
                 n_bytes = int(sizes[start:end].sum())
-                most = self._max_row_bytes
                 if most is not None and end - start == 1 and n_bytes > most:
                     yield Rows(None, 1, n_bytes)
                 else:
                     part = batch.slice(start, end - start)
                     yield Rows(_decoded(part, self.schema), end - start, n_bytes)
 
-    def _file_with_dictionaries(self, fetched: bool) -> pq.ParquetFile:
-        if fetched not in self._in_dictionaries:
+    def _file_with_dictionaries(self, fetched: bool, plain: frozenset[str]) -> pq.ParquetFile:
+        """The file as one whose strings Arrow keeps in dictionaries.
+
+        Args:
+            fetched: whether columns are fetched at once.
+            plain: paths of strings whose encoding Arrow cannot keep so.
+        """
+        key = (fetched, plain)
+        if key not in self._files:
             schema = self.metadata.schema
-            paths = [
-                schema.column(i).path
-                for i in range(len(schema))
-                if schema.column(i).physical_type == "BYTE_ARRAY"
-            ]
-            self._in_dictionaries[fetched] = self._open(
+            columns = [schema.column(i) for i in range(len(schema))]
+            strings = [c.path for c in columns if c.physical_type == "BYTE_ARRAY"]
+            self._files[key] = self._open(
                 metadata=self.metadata,
-                read_dictionary=paths,
+                read_dictionary=[path for path in strings if path not in plain],
                 pre_buffer=fetched,
                 buffer_size=0 if fetched else BUFFER_BYTES,
             )
-        return self._in_dictionaries[fetched]
+        return self._files[key]
+
+
+def take_rows(
+    path: str, rows: Sequence[int], columns: Callable[[str], bool] | None = None
+) -> Iterator[pa.Table]:
+    """Rows of a file of ours, in tables of bounded size.
+
+    Args:
+        rows: their numbers, ascending.
+        columns: whether a column is wanted; None: all are.
+    """
+    with storage.InputFile(path) as source:
+        file = RowGroups(source)
+        names = None if columns is None else list(filter(columns, file.schema.names))
+        first = 0
+        for group in range(file.metadata.num_row_groups):
+            end = first + file.metadata.row_group(group).num_rows
+            if not any(first <= row < end for row in rows):
+                first = end
+                continue
+            for piece in file.tables(group, names):
+                mine = [row - first for row in rows if first <= row < first + piece.n_rows]
+                first += piece.n_rows
+                if mine and piece.table is not None:
+                    yield piece.table.take(pa.array(mine, pa.int64()))
 
 
 # ---- before reading ---------------------------------------------------------------------------
@@ -152,11 +187,23 @@ class RowGroups:
 
 @dataclass(frozen=True, slots=True)
 class _Leaf:
-    """A column chunk without fields of its own."""
+    """A column chunk of values.
+
+    Attributes:
+        n_rows: of the row group.
+        is_plain: whether Arrow cannot keep its strings in dictionaries.
+    """
 
     chunk: Any
     column: Any
     n_rows: int
+    pages: list[pages.Page]
+    is_plain: bool
+
+    @property
+    def dictionary_bytes(self) -> int:
+        """Decompressed bytes of its dictionary."""
+        return max((page.n_bytes for page in self.pages if page.is_dictionary), default=0)
 
     @property
     def width(self) -> int | None:
@@ -178,11 +225,18 @@ class _Cost:
     row_bytes: float
 
 
-def _cost(leaf: _Leaf, found: list[pages.Page]) -> _Cost:
+def _has_views(type_: pa.DataType) -> bool:
+    """Whether there are views of lists in a type, which Arrow cannot cast."""
+    t = pa.types
+    inner = (type_.field(i).type for i in range(type_.num_fields))
+    return bool(t.is_list_view(type_) or t.is_large_list_view(type_)) or any(map(_has_views, inner))
+
+
+def _cost(leaf: _Leaf) -> _Cost:
     page_bytes = row_bytes = 0.0
     values_per_row = max(1.0, leaf.chunk.num_values / max(1, leaf.n_rows))
     is_nested = leaf.column.max_repetition_level > 0
-    for page in found:
+    for page in leaf.pages:
         page_bytes = max(page_bytes, page.n_bytes)
         if page.is_dictionary:
             continue
@@ -196,11 +250,12 @@ def _cost(leaf: _Leaf, found: list[pages.Page]) -> _Cost:
 
 
 def _decoded_bytes(leaf: _Leaf, page: pages.Page) -> int:
-    """Memory of the values of a page, at most, where Arrow keeps strings in dictionaries."""
+    """Memory of the values of a page, at most."""
     if leaf.width is not None:
         return page.n_values * (leaf.width + VALUE_BYTES)
     if page.encoding in IN_DICTIONARY:
-        return page.n_values * VALUE_BYTES
+        each = leaf.dictionary_bytes if leaf.is_plain else 0
+        return page.n_values * (each + VALUE_BYTES)
     if page.encoding == pages.DELTA_BYTE_ARRAY:  # each may begin with all of the one before
         return page.n_values * (page.n_bytes + VALUE_BYTES)
     return page.n_bytes + page.n_values * VALUE_BYTES
@@ -229,8 +284,8 @@ def value_sizes(array: pa.Array) -> Sizes:
         return value_sizes(array.storage)
     if t.is_dictionary(type_):
         sizes = np.append(value_sizes(array.dictionary), 0)
-        places = array.indices.cast(pa.int64()).fill_null(-1)
-        return sizes[places.to_numpy(zero_copy_only=False)]
+        places: Sizes = array.indices.cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False)
+        return sizes[places]
     if t.is_struct(type_):
         sizes = np.zeros(len(array), np.int64)
         for field in array.flatten():
@@ -244,7 +299,7 @@ def value_sizes(array: pa.Array) -> Sizes:
     if t.is_list(type_) or t.is_large_list(type_) or t.is_map(type_):
         return _list_sizes(array)
     if t.is_list_view(type_) or t.is_large_list_view(type_):
-        return _list_sizes(array.cast(pa.large_list(type_.value_type)))
+        return _view_sizes(array)
     if t.is_string_view(type_) or t.is_binary_view(type_):
         array = array.cast(pa.large_binary())
     try:
@@ -258,13 +313,23 @@ def value_sizes(array: pa.Array) -> Sizes:
     return found
 
 
+def _view_sizes(array: pa.Array) -> Sizes:
+    ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(value_sizes(array.values))])
+    starts: Sizes = array.offsets.to_numpy(zero_copy_only=False)
+    lengths: Sizes = array.sizes.to_numpy(zero_copy_only=False)
+    valid = array.is_valid().to_numpy(zero_copy_only=False)
+    starts, lengths = np.where(valid, starts, 0), np.where(valid, lengths, 0)
+    sizes: Sizes = ends[starts + lengths] - ends[starts]
+    return sizes
+
+
 def _list_sizes(array: pa.Array) -> Sizes:
     if pa.types.is_map(array.type):
         values = value_sizes(array.keys) + value_sizes(array.items)
     else:
         values = value_sizes(array.values)
     ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(values)])
-    offsets = array.offsets.to_numpy(zero_copy_only=False)
+    offsets: Sizes = array.offsets.to_numpy(zero_copy_only=False)
     sizes: Sizes = ends[offsets[1:]] - ends[offsets[:-1]]
     return sizes
 
@@ -332,7 +397,8 @@ def decoded(array: pa.Array, type_: pa.DataType) -> pa.Array:
         fields = [decoded(array.field(i), field.type) for i, field in enumerate(type_)]
         mask = array.is_null() if array.null_count else None
         return pa.StructArray.from_arrays(fields, fields=list(type_), mask=mask)
-    return array.cast(type_)
+    # A copy of these rows alone: a cast would decode all that they are a slice of.
+    return array.take(pa.array(np.arange(len(array)))).cast(type_)
 
 
 def _compact(array: pa.Array, type_: pa.DataType) -> pa.Array:

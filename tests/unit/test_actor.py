@@ -169,7 +169,7 @@ def test_text_that_is_not_utf8_is_one_dead_letter(tmp_path, tag):
         {"text": "Zoë", "n": 3},
     ]
     (letter,) = _letters(tmp_path, columns=["source_row", "reason"])
-    assert (letter["source_row"], letter["reason"]) == (1, "text must be a string, got bytes")
+    assert (letter["source_row"], letter["reason"]) == (1, "text is not UTF-8 at byte 0")
 
 
 def test_a_string_that_json_cannot_hold_is_one_dead_letter(tmp_path, tag):
