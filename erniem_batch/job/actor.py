@@ -25,6 +25,7 @@ from erniem_batch.job.letters import letters_name, read_letters, write_letters
 from erniem_batch.job.metrics import ActorMetrics
 from erniem_batch.job.read import UnitReader
 from erniem_batch.job.settle import BadRows, OneSchema
+from erniem_batch.job.sizes import GROUP_CHARACTERS, characters, grouped, too_long
 from erniem_batch.job.units import Unit
 from erniem_batch.job.watchdog import Watchdog
 from erniem_batch.job.write import Marks, add_predictions, read_marks, write_tables
@@ -141,6 +142,7 @@ class UnitTagger:
         self._counting = threading.Lock()
         self._metrics = ActorMetrics(config.task)
         self._turns = _Turns()
+        self._long_text = threading.Lock()
         counters = self._predictor.counters
         self._watchdog = Watchdog(
             assignment.config.unit_timeout,
@@ -289,7 +291,7 @@ class UnitTagger:
         if attempt.row_by_row:
             outcomes = self._one_by_one(records, tally.n_seen, attempt)
         else:
-            outcomes = self._predictor.predict(records)
+            outcomes = [o for group in grouped(records) for o in self._predict(group)]
         tally.n_seen += len(records)
         tally.n_unread += _n_rows(chunk.bad)
         kept, predictions, failed = [], [], []
@@ -331,9 +333,19 @@ class UnitTagger:
                 outcomes.append(Failure(record.id, "forward", "ProcessDied", reason))
                 continue
             attempt.works_on(row)
-            outcomes += self._predictor.predict([record])
+            outcomes += self._predict([record])
         attempt.works_on(None)
         return outcomes
+
+    def _predict(self, records: Sequence[Record]) -> list[Outcome]:
+        """Outcomes of records that are worked on together; a long one waits for others."""
+        if len(records) > 1 or characters(records[0]) <= GROUP_CHARACTERS:
+            return self._predictor.predict(records)
+        failure = too_long(records[0], self._run.config.max_row_bytes)
+        if failure is not None:
+            return [failure]
+        with self._long_text:
+            return self._predictor.predict(records)
 
 
 def _source(unit: Unit) -> dict[str, Any]:
