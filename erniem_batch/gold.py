@@ -28,7 +28,9 @@ import pyarrow.parquet as pq
 from erniem_batch import storage
 from erniem_batch.errors import ConfigError, RecordError
 from erniem_batch.job.chunks import CONTENT_ERRORS
-from erniem_batch.job.jsonl import open_jsonl, parse_line
+from erniem_batch.job.config import MAX_ROW_BYTES
+from erniem_batch.job.jsonl import parse_line
+from erniem_batch.job.lines import bounded_lines
 from erniem_batch.job.units import SourceFile, files_of, find_files
 from erniem_batch.labels import Span, labels_to_spans
 from erniem_batch.records import Record
@@ -142,13 +144,14 @@ def _rows_of(file: SourceFile) -> Iterator[dict[str, Any] | RecordError]:
             for batch in pq.ParquetFile(source).iter_batches():
                 yield from batch.to_pylist()
         return
-    with open_jsonl(file.path) as lines:
-        for line in lines:
-            if line.strip():
-                try:
-                    yield parse_line(line)
-                except RecordError as error:
-                    yield error
+    for line in bounded_lines(file.path):
+        if isinstance(line, int):
+            yield RecordError(f"a line of {line} bytes: at most {MAX_ROW_BYTES} are read")
+        elif line.strip():
+            try:
+                yield parse_line(line)
+            except RecordError as error:
+                yield error
 
 
 def annotated(task: str, row: Mapping[str, Any], default_id: str = "") -> Annotated:

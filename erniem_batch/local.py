@@ -4,7 +4,7 @@ Each class turns arguments into records, asks the one Predictor, and turns value
 types. What is given in a call counts for that call only.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import fields
 from typing import Any, overload
 
@@ -25,6 +25,30 @@ from erniem_batch.tasks.ner import Entity
 from erniem_batch.tasks.qa import Answer, Answers
 
 GIVEN = object()
+
+
+def _listed(given: Any, name: str, item: str = "strings", remedy: str = "") -> list[Any]:
+    """Several values as a list.
+
+    Args:
+        name: of the argument.
+        item: what it holds.
+        remedy: how to give one value, for what is no list.
+
+    Raises:
+        TypeError: the value is of a kind that is iterated over by something else than its rows.
+    """
+    table = hasattr(given, "columns")  # of pandas, polars or Arrow: iterating gives columns
+    if isinstance(given, Mapping | Set | bytes) or table or not isinstance(given, Iterable):
+        if table:
+            remedy = "give one of its columns as a list"
+        elif isinstance(given, Mapping) and not remedy:
+            remedy = "give the value of its text"
+        raise TypeError(
+            f"{name} must be a list of {item}, got {type(given).__name__}"
+            f"{': ' if remedy else ''}{remedy}"
+        )
+    return list(given)
 
 
 class Pipeline:
@@ -78,10 +102,11 @@ class NerPipeline(Pipeline):
             options: of NerOptions, for this call only.
 
         Raises:
+            TypeError: neither a string nor a list of strings.
             RecordError: a text cannot be processed; names its place.
         """
         single = isinstance(texts, str)
-        values = self._values([texts] if single else list(texts), **options)
+        values = self._values([texts] if single else _listed(texts, "texts"), **options)
         answers = [[as_dict(entity) for entity in value] for value in values]
         return answers[0] if single else answers
 
@@ -107,10 +132,11 @@ class TextClassificationPipeline(Pipeline):
             options: of ClassifyOptions, for this call only.
 
         Raises:
+            TypeError: of another kind.
             RecordError: a text cannot be processed; names its place.
         """
         single = isinstance(inputs, str | Mapping)
-        items = [inputs] if single else list(inputs)
+        items = [inputs] if single else _listed(inputs, "inputs", 'strings or {"text": …}')
         texts = [item.get("text") if isinstance(item, Mapping) else item for item in items]
         pairs = [
             {"text_pair": item["text_pair"]}
@@ -152,12 +178,17 @@ class ZeroShotClassificationPipeline(Pipeline):
 
         Raises:
             ConfigError: no labels, or no {} in the template.
+            TypeError: neither strings nor lists of strings.
             RecordError: a text cannot be processed; names its place.
         """
         single = isinstance(sequences, str)
-        texts = [sequences] if isinstance(sequences, str) else list(sequences)
+        texts = [sequences] if isinstance(sequences, str) else _listed(sequences, "sequences")
         options |= {"hypothesis_template": hypothesis_template, "multi_label": multi_label}
-        labels = candidate_labels if isinstance(candidate_labels, str) else tuple(candidate_labels)
+        labels: str | tuple[str, ...]
+        if isinstance(candidate_labels, str):
+            labels = candidate_labels
+        else:
+            labels = tuple(_listed(candidate_labels, "candidate_labels"))
         values = self._values(texts, candidate_labels=labels, all_scores=True, **options)
         answers = [
             {
@@ -188,14 +219,15 @@ class MultipleChoicePipeline(Pipeline):
             options: of ChooseOptions, for this call only.
 
         Raises:
+            TypeError: neither strings nor lists of strings.
             RecordError: a row cannot be processed; names its place.
         """
         single = isinstance(premise, str)
-        premises = [premise] if isinstance(premise, str) else list(premise)
-        lists = [choices] if single else choices
-        questions = _spread(question or "", len(premises))
+        premises = [premise] if isinstance(premise, str) else _listed(premise, "premise")
+        lists = [choices] if single else _listed(choices, "choices", "lists of strings")
+        questions = _spread("" if question is None else question, len(premises))
         more = [
-            {"choices": list(mine), "question": asked}
+            {"choices": _choices(mine), "question": asked}
             for mine, asked in zip(lists, questions, strict=True)
         ]
         values: list[Choice] = self._values(premises, more, **options)
@@ -203,9 +235,16 @@ class MultipleChoicePipeline(Pipeline):
         return answers[0] if single else answers
 
 
+def _choices(given: Any) -> list[Any]:
+    """The choices of one premise. A string is iterated over by its characters."""
+    if isinstance(given, str):
+        raise TypeError("choices must be a list of strings, got str")
+    return _listed(given, "choices")
+
+
 def _spread(value: Any, n: int) -> list[Any]:
     """One value for all, or one each."""
-    return [value] * n if isinstance(value, str) else list(value)
+    return [value] * n if isinstance(value, str) else _listed(value, "question")
 
 
 class QuestionAnsweringPipeline(Pipeline):
@@ -235,6 +274,7 @@ class QuestionAnsweringPipeline(Pipeline):
 
         Raises:
             ValueError: arguments that do not go together.
+            TypeError: arguments of other kinds.
             RecordError: a row cannot be processed; names its place.
         """
         rows, single = _qa_rows(inputs, context_text, question, context)
@@ -252,6 +292,9 @@ class QuestionAnsweringPipeline(Pipeline):
         return answers[0] if single else answers
 
 
+QA_ROW = '{"question": …, "context": …}'
+
+
 def _qa_rows(
     inputs: Any, context_text: str | None, question: Any, context: Any
 ) -> tuple[list[Mapping[str, Any]], bool]:
@@ -259,21 +302,32 @@ def _qa_rows(
     if isinstance(inputs, str):
         question, context = inputs, context_text
     elif isinstance(inputs, Mapping):
-        return [inputs], True
+        return [_qa_row(inputs)], True
     elif inputs is not None:
-        return list(inputs), False
+        rows = _listed(inputs, "inputs", QA_ROW)
+        return list(map(_qa_row, rows)), False
     single = isinstance(question, str)
-    questions = [question] if single else list(question or [])
-    contexts = [context] * len(questions) if isinstance(context, str) else list(context or [])
+    questions = [question] if single else _listed([] if question is None else question, "question")
+    if isinstance(context, str):
+        contexts = [context] * len(questions)
+    else:
+        contexts = _listed([] if context is None else context, "context")
     if not questions or len(questions) != len(contexts):
         raise ValueError(
             f"{len(questions)} questions and {len(contexts)} contexts: give as many of each, or "
             f"one context for all"
         )
-    rows: list[Mapping[str, Any]] = [
-        {"question": q, "context": c} for q, c in zip(questions, contexts, strict=True)
-    ]
-    return rows, single
+    pairs = zip(questions, contexts, strict=True)
+    return [{"question": question, "context": context} for question, context in pairs], single
+
+
+def _qa_row(row: Any) -> Mapping[str, Any]:
+    if not isinstance(row, Mapping):
+        raise TypeError(f"inputs must be {QA_ROW}, got {type(row).__name__}")
+    absent = [name for name in ("question", "context") if name not in row]
+    if absent:
+        raise ValueError(f"inputs must be {QA_ROW}: there is no {absent[0]!r}")
+    return row
 
 
 def _answers(value: Answers, top_k: int) -> Any:
@@ -301,10 +355,11 @@ class FeatureExtractionPipeline(Pipeline):
         included; with pooling: [dimensions]. A list of them for a list of texts.
 
         Raises:
+            TypeError: neither a string nor a list of strings.
             RecordError: a text cannot be processed; names its place.
         """
         single = isinstance(inputs, str)
-        values = self._values([inputs] if single else list(inputs))
+        values = self._values([inputs] if single else _listed(inputs, "inputs"))
         by_token = self.predictor.config.options.pooling == "none"  # type: ignore[attr-defined]
         answers = [[value.tolist()] if by_token else value.tolist() for value in values]
         return answers[0] if single else answers
@@ -322,10 +377,11 @@ class ExtractPipeline(Pipeline):
             schema: for this call only.
 
         Raises:
+            TypeError: of another kind.
             RecordError: a text cannot be processed; names its place.
         """
         single = isinstance(inputs, str | Mapping)
-        items = [inputs] if single else list(inputs)
+        items = [inputs] if single else _listed(inputs, "inputs", 'strings or {"text": …}')
         texts = [item.get("text") if isinstance(item, Mapping) else item for item in items]
         own = [{} if schema is None else {"schema": schema}] * len(texts)
         options = self.predictor.config.options

@@ -583,6 +583,22 @@ def _upload_new(local: str, filesystem: Any, path: str, content_type: str) -> st
     return ""
 
 
+@contextmanager
+def scratch(folder: str) -> Iterator[IO[bytes]]:
+    """A file without a name that is gone when the block has ended.
+
+    Args:
+        folder: of results; a local one has the file, since there is room for them.
+    """
+    if not is_remote(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    with (
+        _storage_errors(folder, "writing a temporary file"),
+        tempfile.TemporaryFile(dir=None if is_remote(folder) else folder) as file,
+    ):
+        yield file
+
+
 def unfinished(folder: str) -> Iterator[FileInfo]:
     """Temporary files below a folder; those of writers that were killed, if nobody is writing."""
     if not is_remote(folder):
@@ -636,6 +652,21 @@ class Hashed:
         return self._digest.hexdigest()
 
 
+def write_tables(path: str, tables: Iterable[pa.Table]) -> None:
+    """The same from several tables of one schema, each a row group."""
+    tables = iter(tables)
+    table = next(tables)
+    with (
+        new_file(path) as file,
+        pq.ParquetWriter(
+            file, table.schema, compression="zstd", write_page_checksum=True
+        ) as writer,
+    ):
+        writer.write_table(table)
+        for table in tables:
+            writer.write_table(table)
+
+
 def delete(paths: Iterable[str]) -> None:
     """Removes files; absent ones are no error."""
     with ThreadPoolExecutor(DELETING_THREADS) as pool:
@@ -673,10 +704,10 @@ def _remove(info: FileInfo) -> None:
 
 def _remove_local(path: str) -> None:
     """Moves the file aside and looks at it, since no system call deletes a file conditionally."""
-    before = os.stat(path)
-    target = Path(path)
+    target = Path(_on_disk(path))
+    before = os.stat(target)
     aside = _temporary(target)
-    os.rename(path, aside)
+    os.rename(target, aside)
     if not _is_same(before, os.stat(aside)):  # it is another by now: back with it
         with suppress(Conflict):  # unless there is a still newer one
             _rename_new(aside, target)

@@ -21,7 +21,7 @@ from sentencepiece import sentencepiece_model_pb2
 from torch import nn
 
 from erniem_batch import ErnieMModel, ErnieMTokenizer
-from erniem_batch.job.jsonl import open_jsonl
+from erniem_batch.job.lines import bounded_lines
 
 N_SPECIAL = 4  # [CLS] [PAD] [SEP] [UNK] open the vocabulary, [MASK] closes it
 
@@ -76,12 +76,11 @@ def batches(pattern: str, size: int = 2000) -> Iterator[list[str]]:
     """Every string of top-level fields in the files, some thousand at a time."""
     texts: list[str] = []
     for path in sorted(glob.glob(pattern)):
-        with open_jsonl(path) as lines:
-            for line in lines:
-                record = json.loads(line)
-                names = ("text", "question", "context", "premise")
-                texts += [record[name] for name in names if name in record]
-                texts += record.get("choices", [])
+        for line in bounded_lines(path):
+            record = {} if isinstance(line, int) else json.loads(line)
+            names = ("text", "question", "context", "premise")
+            texts += [record[name] for name in names if name in record]
+            texts += record.get("choices", [])
         while len(texts) > size:
             yield texts[:size]
             texts = texts[size:]

@@ -20,9 +20,12 @@ from erniem_batch.job.attempts import Attempt
 from erniem_batch.job.chunks import BadRow, Chunk, Place
 from erniem_batch.job.config import JobConfig
 from erniem_batch.job.findings import Findings
+from erniem_batch.job.jsonvalues import json_faults
 from erniem_batch.job.letters import letters_name, read_letters, write_letters
 from erniem_batch.job.metrics import ActorMetrics
 from erniem_batch.job.read import UnitReader
+from erniem_batch.job.settle import BadRows, OneSchema
+from erniem_batch.job.sizes import GROUP_CHARACTERS, characters, grouped, too_long
 from erniem_batch.job.units import Unit
 from erniem_batch.job.watchdog import Watchdog
 from erniem_batch.job.write import (
@@ -164,6 +167,7 @@ class UnitTagger:
         self._counting = threading.Lock()
         self._metrics = ActorMetrics(config.task)
         self._turns = _Turns()
+        self._long_text = threading.Lock()
         counters = self._predictor.counters
         self._watchdog = Watchdog(
             assignment.config.unit_timeout,
@@ -227,21 +231,22 @@ class UnitTagger:
         run = self._run
         config = run.config
         reader = UnitReader.of_job(config, unit, run.schema)
-        tally = _Tally(self._predictor.task)
         letters = letters_name(unit.output, uuid.uuid4().hex[:8])
-        n_written, n_bytes, digest = write_tables(
-            run.output,
-            name,
-            self._tables(reader, tally, attempt, letters),
-            lambda: Marks(
-                unit.id,
-                run.fingerprint,
-                _source(unit),
-                tally.counts(),
-                findings=tally.findings(),
-                letters=letters if tally.bad else "",
-            ),
-        )
+        with BadRows(run.output) as bad:
+            tally = _Tally(self._predictor.task, bad)
+            n_written, n_bytes, digest = write_tables(
+                run.output,
+                name,
+                self._tables(reader, tally, attempt, letters),
+                lambda: Marks(
+                    unit.id,
+                    run.fingerprint,
+                    _source(unit),
+                    tally.counts(),
+                    findings=tally.findings(),
+                    letters=letters if tally.bad.n_letters else "",
+                ),
+            )
         if n_written != tally.n_ok:
             raise AssertionError("rows written and rows counted differ")
         receipt = Receipt(
@@ -252,7 +257,7 @@ class UnitTagger:
             seconds=time.perf_counter() - started,
             findings=tally.findings(),
             sha256=digest,
-            dead_letters=letters if tally.bad else "",
+            dead_letters=letters if tally.bad.n_letters else "",
         )
         self._metrics.unit_done(unit.id, receipt.seconds, reader.n_bytes)
         return replace(receipt, **tally.counts())  # type: ignore[arg-type]
@@ -263,22 +268,33 @@ class UnitTagger:
         unit = reader.unit
         chunks = self._chunks(reader, attempt)
         self._tell(unit, tally, 0.0)
-        while True:
-            with self._timed("read"):
-                chunk = next(chunks, None)
-            if chunk is None:
-                break
-            self._rows_read += len(chunk.texts)
-            table = self._tag_chunk(chunk, tally, attempt)
-            self._tell(unit, tally, chunk.share)
-            self._metrics.report(tally.counts(), tally.reasons, self._figures(), unit.id)
-            with self._timed("write"):
-                yield table
+        with OneSchema(self._run.output) as one:
+            while True:
+                with self._timed("read"):
+                    chunk = next(chunks, None)
+                if chunk is None:
+                    break
+                self._rows_read += len(chunk.texts)
+                table = self._tag_chunk(chunk, tally, attempt)
+                self._tell(unit, tally, chunk.share)
+                self._metrics.report(tally.counts(), tally.reasons, self._figures(), unit.id)
+                with self._timed("write"):
+                    yield from one.add(table, chunk.settled)
+            for table in one.rest():
+                self._rows_read += len(table)  # for the watchdog, which sees that there is progress
+                with self._timed("write"):
+                    yield table
         self._tell(unit, tally, 1.0, done=True)
         # The dead letters before the data becomes visible.
-        if tally.bad:
+        if tally.bad.n_letters:
             write_letters(
-                self._run.output, letters, unit, tally.bad, attempt.number, self._run.model_digest
+                self._run.output,
+                letters,
+                unit,
+                tally.bad,
+                attempt.number,
+                self._run.model_digest,
+                self._run.config.max_row_bytes,
             )
 
     def _tell(self, unit: Unit, tally: "_Tally", share: float, done: bool = False) -> None:
@@ -306,26 +322,43 @@ class UnitTagger:
         return read_letters(reader, self._run.output) if unit.letters else reader.chunks()
 
     def _tag_chunk(self, chunk: Chunk, tally: "_Tally", attempt: Attempt) -> pa.Table:
+        chunk = self._writable(chunk)
         records = chunk.records()
         if attempt.row_by_row:
             outcomes = self._one_by_one(records, tally.n_seen, attempt)
         else:
-            outcomes = self._predictor.predict(records)
+            outcomes = [o for group in grouped(records) for o in self._predict(group)]
         tally.n_seen += len(records)
         tally.n_unread += _n_rows(chunk.bad)
-        tally.add_bad(chunk.bad)
-        kept, predictions = [], []
+        kept, predictions, failed = [], [], []
         for i, outcome in enumerate(outcomes):
             if isinstance(outcome, Failure):
-                whole = None if chunk.whole is None else chunk.whole.slice(i, 1)
-                tally.add_bad([BadRow(chunk.places[i], outcome, whole)])
+                failed.append(BadRow(chunk.places[i], outcome, chunk.row(i)))
             else:
                 kept.append(i)
                 predictions.append(outcome)
+        tally.add_bad([*chunk.bad, *failed])
         tally.add(predictions, [records[i].language for i in kept])
         language = self._predictor.config.detect_language
         rows = _take(chunk.table, kept)
         return add_predictions(rows, predictions, self._predictor.task, language=language)
+
+    def _writable(self, chunk: Chunk) -> Chunk:
+        """The chunk with rows that the format of the output cannot hold among the bad ones."""
+        if self._run.config.output_format != "jsonl":
+            return chunk
+        faults = json_faults(chunk.table)
+        if not faults:
+            return chunk
+        bad = [
+            BadRow(
+                chunk.places[i],
+                Failure(str(chunk.places[i].row), "write", "RecordError", reason),
+                chunk.row(i),
+            )
+            for i, reason in faults.items()
+        ]
+        return replace(chunk.without(faults), bad=[*chunk.bad, *bad])
 
     def _one_by_one(self, records: Sequence[Record], first: int, attempt: Attempt) -> list[Outcome]:
         """Outcomes of records of which one ends the process."""
@@ -336,9 +369,19 @@ class UnitTagger:
                 outcomes.append(Failure(record.id, "forward", "ProcessDied", reason))
                 continue
             attempt.works_on(row)
-            outcomes += self._predictor.predict([record])
+            outcomes += self._predict([record])
         attempt.works_on(None)
         return outcomes
+
+    def _predict(self, records: Sequence[Record]) -> list[Outcome]:
+        """Outcomes of records that are worked on together; a long one waits for others."""
+        if len(records) > 1 or characters(records[0]) <= GROUP_CHARACTERS:
+            return self._predictor.predict(records)
+        failure = too_long(records[0], self._run.config.max_row_bytes)
+        if failure is not None:
+            return [failure]
+        with self._long_text:
+            return self._predictor.predict(records)
 
 
 def _source(unit: Unit) -> dict[str, Any]:
@@ -383,19 +426,15 @@ class _Turns:
 class _Tally:
     """Counts of a unit while it is worked on."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, bad: BadRows) -> None:
         self._task = task
         self._findings = Findings()
-        self.bad: list[BadRow] = []
+        self.bad = bad
+        self.n_dead = 0  # rows in the dead letters
         self.reasons: Counter[tuple[str, str]] = Counter()  # rows by stage and error
         self.n_seen = 0  # rows that could be read
         self.n_unread = 0  # and those that could not
         self.n_ok = self.n_found = self.n_tokens = self.n_windows = self.n_truncated = 0
-
-    @property
-    def n_dead(self) -> int:
-        """Rows in the dead letters."""
-        return _n_rows(self.bad)
 
     @property
     def n_rows(self) -> int:
@@ -411,7 +450,8 @@ class _Tally:
         return self._findings.as_text()
 
     def add_bad(self, bad: Sequence[BadRow]) -> None:
-        self.bad += bad
+        self.bad.add(bad)
+        self.n_dead += _n_rows(bad)
         for item in bad:
             n_rows = _n_rows([item])
             self.reasons[item.failure.stage, item.failure.error] += n_rows

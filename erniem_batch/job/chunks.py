@@ -1,7 +1,7 @@
 """What readers give: rows of a unit as chunks of an Arrow table, with the bad rows beside them."""
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -14,6 +14,9 @@ from erniem_batch.options import flag_name
 from erniem_batch.records import Failure, Record
 
 CHUNK_ROWS = 2048
+# Estimated memory of the rows of one chunk, as Arrow or as Python objects. A row that is larger
+# than this is a chunk by itself, if --max-row-bytes admits it.
+CHUNK_BYTES = 32 << 20
 
 # What reading a damaged or vanished file raises; storage that fails raises StorageError.
 CONTENT_ERRORS = (OSError, EOFError, zlib.error, pa.ArrowException)
@@ -26,14 +29,16 @@ class Place:
     Attributes:
         row: of its file, from 0; None: not counted, see `byte`.
         byte: of a JSONL file, where its line begins (of the decompressed text).
-        line: the line itself, JSONL only.
+        line: the line itself, JSONL only; None if it is too long to be held.
         source: file of a row that comes from a dead letter; else the file of the unit.
+        n_bytes: of a line that is too long to be held.
     """
 
     row: int | None = None
     byte: int | None = None
     line: bytes | None = None
     source: str = ""
+    n_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,8 @@ class Chunk:
         bad: rows that could not be read.
         share: of the unit that has been read with this chunk, 0 to 1.
         whole: all columns of each row, of Parquet whose file may be gone or another by now.
+        settled: whether all tables of the unit have the columns of this one; else the columns of
+            the last table hold the values of all.
     """
 
     table: pa.Table
@@ -75,6 +82,27 @@ class Chunk:
     share: float = 1.0
     whole: pa.Table | None = None
     fields: dict[str, list[Any]] = field(default_factory=dict)
+    settled: bool = True
+
+    def without(self, rows: Collection[int]) -> "Chunk":
+        """The chunk without some rows; bad rows stay."""
+        kept = [i for i in range(len(self.texts)) if i not in rows]
+        places = pa.array(kept, pa.int64())
+        return replace(
+            self,
+            table=self.table.take(places)
+            if self.table.num_columns
+            else self.table.slice(len(rows)),
+            texts=[self.texts[i] for i in kept],
+            places=[self.places[i] for i in kept],
+            whole=None if self.whole is None else self.whole.take(places),
+            fields={name: [values[i] for i in kept] for name, values in self.fields.items()},
+        )
+
+    def row(self, i: int) -> pa.Table | None:
+        """A copy of all columns of a row; None: it is to be read again."""
+        # A slice would keep the whole chunk in memory.
+        return None if self.whole is None else self.whole.take(pa.array([i], pa.int64()))
 
     def records(self) -> list[Record]:
         """What the predictor reads of it; ids are numbers of rows."""
@@ -95,6 +123,19 @@ def rest_of(
         reason = "the file is no longer there"
     failure = Failure("", "read", type(error).__name__, reason or "the content is damaged")
     return BadRow(place, failure, n_rows=n_rows, rest=replace(unit, **left))
+
+
+def too_large(unit: Unit, place: Place, n_bytes: int, most: int, /, **left: Any) -> BadRow:
+    """A row that is not held in memory, as a bad row; `rest` is that row alone.
+
+    Args:
+        n_bytes: size of the row.
+        most: the largest size of a row.
+        left: what the unit of this one row has in place of its own.
+    """
+    reason = f"a row of {n_bytes} bytes, and --max-row-bytes is {most}"
+    failure = Failure("", "read", "RecordError", reason)
+    return BadRow(place, failure, rest=replace(unit, max_rows=1, **left))
 
 
 def may_be_read(text: Any, fields: Mapping[str, Any]) -> bool:

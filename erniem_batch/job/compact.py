@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from erniem_batch import storage
 from erniem_batch.errors import ConfigError
 from erniem_batch.job.apart import is_within
+from erniem_batch.job.chunks import CHUNK_ROWS
 from erniem_batch.job.lease import Lease
 from erniem_batch.job.manifest import (
     SUCCESS,
@@ -190,7 +191,7 @@ def common_schema(source: str, files: Sequence[Entry], partition_by: Sequence[st
 def _tables(path: str, schema: pa.Schema) -> Iterator[pa.Table]:
     """A file's rows in pieces, with the columns of all files."""
     with storage.InputFile(path) as file:
-        for batch in pq.ParquetFile(pa.PythonFile(file, mode="r")).iter_batches():
+        for batch in pq.ParquetFile(pa.PythonFile(file, mode="r")).iter_batches(CHUNK_ROWS):
             table = pa.Table.from_batches([batch]).replace_schema_metadata()
             yield pa.concat_tables(
                 [schema.empty_table(), table], promote_options="permissive"

@@ -27,6 +27,9 @@ LANGUAGE_COLUMN = "detected_language"
 # Flags of the text column where it is not --text-column.
 TEXT_FLAGS = {"choose": "--premise-column", "qa": "--context-column"}
 
+# Bytes; see `JobConfig.max_row_bytes`.
+MAX_ROW_BYTES = 64 << 20
+
 # What a task reads beside the text and its language.
 TASK_FIELDS = {
     "classify": ("text_pair",),
@@ -60,6 +63,9 @@ class JobConfig:
         unit_bytes: Size of a unit of work in bytes of text: 30 to 120 seconds of one actor are
             good. Default: 1 MiB on CPU, 16 MiB on GPU. A Parquet row group is never divided, and
             a file once planned keeps its units.
+        max_row_bytes: Largest row of the input in bytes. A longer JSONL line, or a Parquet row of
+            more decoded bytes, is never held in memory and becomes a dead letter; replay with a
+            larger value reads it.
         actors: Smallest and largest number of model actors, MIN:MAX. Default: what the machine or
             cluster holds; where a cluster may grow, up to 4 if that is more.
         num_gpus_per_actor: GPUs of an actor; 0 runs on CPU.
@@ -104,6 +110,7 @@ class JobConfig:
     overlap_tokens: int = PredictorConfig.overlap_tokens
     max_batch_tokens: int | None = None
     unit_bytes: int | None = None
+    max_row_bytes: int = MAX_ROW_BYTES
     actors: str | None = None
     num_gpus_per_actor: float = 0.0
     num_cpus_per_actor: int | None = None
@@ -123,7 +130,12 @@ class JobConfig:
     fields: Annotated[Mapping[str, str], Parameter(parse=False)] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, minimum in (("limit", 1), ("unit_bytes", 1), ("num_cpus_per_actor", 1)):
+        for name, minimum in (
+            ("limit", 1),
+            ("unit_bytes", 1),
+            ("max_row_bytes", 1),
+            ("num_cpus_per_actor", 1),
+        ):
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise ConfigError(f"{flag_name(name)} must be at least {minimum}, got {value}")

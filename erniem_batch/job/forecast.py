@@ -30,6 +30,7 @@ from erniem_batch.job.findings import length_bin, length_range
 from erniem_batch.job.plan import plan_run, run_info
 from erniem_batch.job.read import UnitReader
 from erniem_batch.job.rundir import RunFolder, RunInfo, current_units
+from erniem_batch.job.sizes import grouped, too_long
 from erniem_batch.job.stream import bundles
 from erniem_batch.job.units import Unit, find_files, from_table
 from erniem_batch.model.fetch import local_folder, model_digest
@@ -277,7 +278,7 @@ def read_piece(
             n_rows += bad.n_rows or 1
         records = [row for row in kept if isinstance(row, Record)]
         n_rows += len(records)
-        for record, item in zip(records, predictor.encode(records), strict=True):
+        for record, item in _encoded(predictor, records, config.max_row_bytes):
             if isinstance(item, Failure):
                 sample.reasons[f"{item.stage}: {item.error}"] += 1
             else:
@@ -301,6 +302,18 @@ def read_piece(
     n_tokens, n_windows = n_tokens + tokens, n_windows + windows
     sample.n_rows += n_rows
     sample.pieces.append((weight * n_rows, weight * n_tokens, weight * n_windows, unit.n_bytes))
+
+
+def _encoded(
+    predictor: Predictor, records: Sequence[Record], max_row_bytes: int
+) -> Iterator[tuple[Record, Encoded | Failure]]:
+    """Records with their tokens, or why they are not read."""
+    for group in grouped(records):
+        failure = too_long(group[0], max_row_bytes)
+        if failure is not None:  # then it is alone
+            yield group[0], failure
+        else:
+            yield from zip(group, predictor.encode(group), strict=True)
 
 
 def _spread(rows: Sequence[Record | BadRow], most: int) -> Sequence[Record | BadRow]:

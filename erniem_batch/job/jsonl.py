@@ -4,106 +4,167 @@ Own code, because ready-made readers turn ids like "0007" into numbers and dates
 and lose a whole file to one bad line.
 """
 
-import gzip
-import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from itertools import islice
-from typing import IO, TYPE_CHECKING, Any
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
+import numpy as np
 
-from erniem_batch import storage
-from erniem_batch.errors import ConfigError, RecordError
+from erniem_batch.errors import RecordError
 from erniem_batch.job.chunks import (
+    CHUNK_BYTES,
     CHUNK_ROWS,
     CONTENT_ERRORS,
     BadRow,
     Chunk,
     Place,
-    flag_of,
     may_be_read,
-    no_column,
     rest_of,
+    too_large,
 )
-from erniem_batch.job.units import SourceFile, Unit
+from erniem_batch.job.jsontypes import ColumnTypes
+from erniem_batch.job.lines import BOM, SKIPPED_BYTES, is_compressed, rows_of
+from erniem_batch.job.units import Unit
 from erniem_batch.records import Failure
 
 if TYPE_CHECKING:
     from erniem_batch.job.read import UnitReader
 
-SAMPLE_BYTES = 1 << 20
-# Lines before a slice are only counted, to name the row of a dead letter, while that is cheap.
-COUNTED_BYTES = 64 << 20
+# Estimates of the memory that a row and each of its values take, beside the bytes of its line.
+LINE_WEIGHT = 512
+VALUE_WEIGHT = 64
+# Rows that are held together. A unit that is not larger has the types that hold all of its values.
+BLOCK_WEIGHT = 2 * CHUNK_BYTES
+# Values in one row: each takes up to a hundred bytes of memory, and may be two bytes in the file.
+MAX_ROW_VALUES = 1_000_000
+VALUE_MARKS = np.frombuffer(b",[{", np.uint8)
 
-BOM = b"\xef\xbb\xbf"
-# Marks columns that are JSON text from the start, since no type holds all of their values.
-AS_JSON = {b"erniem_batch": b"json"}
+# The escape of half a character.
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 # JSON nested deeper is refused: Python's own stack would be the next limit.
 MAX_JSON_DEPTH = 100
-# Columns nested deeper are carried as JSON text: a Parquet reader may refuse them.
-MAX_TYPE_DEPTH = 32
 
 
-def schema_of_sample(
-    sample: list[dict[str, Any]],
-    text_column: str,
-    fields: Mapping[str, str],
-    text_flag: str = "--text-column",
-) -> pa.Schema:
-    flags = {text_flag: text_column, **{flag_of(name): column for name, column in fields.items()}}
-    for flag, column in flags.items():
-        if not any(_has(row, column) for row in sample):
-            names = sorted({name for row in sample for name in row})
-            raise ConfigError(no_column(column, names, "the JSONL input", flag))
-    # As in read_jsonl: rows that will be refused have no say in the types of the others.
-    usable = [row for row in sample if _is_usable(row, text_column, fields)]
-    return _infer_schema(usable or sample)
-
-
-def read_jsonl(reader: "UnitReader", unit: Unit) -> Iterator[Chunk]:
+def read_jsonl(
+    reader: "UnitReader", unit: Unit, types: ColumnTypes | None = None
+) -> Iterator[Chunk]:
+    size = max(1, unit.n_bytes)
     with ExitStack() as files:
-        lines = _rows_of(unit, lambda: files.enter_context(reader.open(unit)))
-        yield from jsonl_chunks(reader, lines, unit)
+        lines = rows_of(unit, lambda: files.enter_context(reader.open(unit)), reader.max_row_bytes)
+        yield from jsonl_chunks(
+            reader, lines, unit, types=types, share=lambda: reader.n_bytes / size
+        )
 
 
 def jsonl_chunks(
-    reader: "UnitReader", lines: Iterator[Place], unit: Unit | None = None
+    reader: "UnitReader",
+    lines: Iterator[Place],
+    unit: Unit | None = None,
+    *,
+    types: ColumnTypes | None = None,
+    share: Callable[[], float] = lambda: 0.0,
 ) -> Iterator[Chunk]:
-    """Lines as chunks.
+    """Lines as chunks. They are held block by block; tables of several blocks may differ.
 
     Args:
         unit: that the lines are read from; they may break off in the middle.
+        types: of rows of the same unit that were read before.
+        share: of the unit that has been read; asked between blocks.
     """
-    objects: list[dict[str, Any]] = []
-    places: list[Place] = []
-    bad: list[BadRow] = []
+    types = types or ColumnTypes(reader.schema, reader.columns)
+    blocks = _blocks(reader, lines, unit)
+    done, block = 0.0, next(blocks)
+    is_only = block.is_last
+    while True:
+        end = 1.0 if block.is_last else min(0.999, max(done, share()))
+        for chunk in _chunks_of(reader, block, types):
+            part = done + (end - done) * chunk.share
+            yield replace(chunk, share=part, settled=is_only)
+        if block.is_last:
+            return
+        done, block = end, next(blocks)
+
+
+@dataclass(slots=True)
+class _Block:
+    """Neighbouring rows that are in memory together.
+
+    Attributes:
+        objects, places: of the rows that can be read.
+        weight: estimate of their memory in bytes.
+        is_last: whether no row comes behind it.
+    """
+
+    objects: list[dict[str, Any]] = field(default_factory=list)
+    places: list[Place] = field(default_factory=list)
+    bad: list[BadRow] = field(default_factory=list)
+    weight: int = 0
+    is_last: bool = False
+
+    def add(self, place: Place, reader: "UnitReader") -> None:
+        """A line, read or refused."""
+        self.weight += _weight(place.line or b"")
+        try:
+            value = parse_line(place.line or b"")
+            if reader.columns is None:
+                _require_no_clash(value, reader.added)
+            self.objects.append(value)
+            self.places.append(place)
+        except RecordError as error:
+            self.bad.append(BadRow(place, Failure("", "read", "RecordError", str(error))))
+
+
+def _weight(line: bytes) -> int:
+    """An estimate of the memory of a line and its values."""
+    return LINE_WEIGHT + len(line) + VALUE_WEIGHT * _most_values(line)
+
+
+def _most_values(line: bytes) -> int:
+    """At least as many as there are values in a line."""
+    return line.count(b",") + line.count(b"[") + line.count(b"{")
+
+
+def _blocks(reader: "UnitReader", lines: Iterator[Place], unit: Unit | None) -> Iterator[_Block]:
+    """All lines; the last block is marked, and there is at least one."""
+    block = _Block()
+    n_read, next_row = 0, None if unit is None else unit.first_row
     while True:
         try:
             place = next(lines, None)
         except CONTENT_ERRORS as error:
             if unit is None:
                 raise
-            bad.append(_broken_off(unit, error, [*places, *(b.place for b in bad)]))
+            block.bad.append(_broken_off(unit, error, next_row, n_read))
             break
         if place is None:
             break
-        try:
-            value = parse_line(place.line or b"")
-            if reader.columns is None:
-                _require_no_clash(value, reader.added)
-            objects.append(value)
-            places.append(place)
-        except RecordError as error:
-            bad.append(BadRow(place, Failure("", "read", "RecordError", str(error))))
+        if block.weight >= BLOCK_WEIGHT:
+            yield block
+            block = _Block()
+        if place.line is None:
+            block.bad.append(_too_long(reader, unit, place, n_read))
+            block.weight += LINE_WEIGHT
+        else:
+            block.add(place, reader)
+        n_read += 1
+        next_row = next_row if place.row is None else place.row + 1
+    block.is_last = True
+    yield block
+
+
+def _chunks_of(reader: "UnitReader", block: _Block, types: ColumnTypes) -> Iterator[Chunk]:
+    """The rows of a block; `share` is that of the block."""
+    objects, places, bad = block.objects, block.places, block.bad
     texts = [value_at(value, reader.text_column) for value in objects]
     fields = {
         name: [value_at(v, column) for v in objects] for name, column in reader.fields.items()
     }
     # Rows that the predictor will refuse have no say in the types of the others.
-    usable = [v if _is_usable(v, reader.text_column, reader.fields) else {} for v in objects]
-    table = _to_table(usable, reader.schema, reader.columns)
+    usable = [v if is_usable(v, reader.text_column, reader.fields) else {} for v in objects]
+    table = types.table(usable)
     for start in range(0, max(len(objects), 1), CHUNK_ROWS):
         part = slice(start, start + CHUNK_ROWS)
         share = min(1.0, (start + CHUNK_ROWS) / max(len(objects), 1))
@@ -114,86 +175,24 @@ def jsonl_chunks(
         bad = []
 
 
-def _broken_off(unit: Unit, error: BaseException, read: Sequence[Place]) -> BadRow:
+def _broken_off(unit: Unit, error: BaseException, row: int | None, n_read: int) -> BadRow:
     """All lines after those that were read."""
-    rows = [place.row for place in read if place.row is not None]
-    place = Place(max(rows) + 1 if rows else unit.first_row, source=unit.path)
-    left = None if unit.max_rows is None else unit.max_rows - len(read)
-    rest = {"first_row": place.row, "skip_rows": unit.skip_rows + len(read), "max_rows": left}
+    place = Place(row, source=unit.path)
+    left = None if unit.max_rows is None else unit.max_rows - n_read
+    rest = {"first_row": place.row, "skip_rows": unit.skip_rows + n_read, "max_rows": left}
     return rest_of(unit, error, place, left, **rest)
 
 
-def count_rows(unit: Unit, limit: int) -> int | None:
-    """Rows of a unit, counted up to a limit; None if it is damaged before that."""
-    if unit.format == "parquet":  # whose footer could not be read
-        return None
-    with ExitStack() as files:
-        rows = _rows_of(unit, lambda: files.enter_context(storage.InputFile(unit.path, unit.end)))
-        try:
-            return sum(1 for _ in islice(rows, limit))
-        except CONTENT_ERRORS:
-            return None
-
-
-def _rows_of(unit: Unit, open_file: Any) -> Iterator[Place]:
-    """Lines that are rows of the unit: those between skip_rows and max_rows."""
-    rows = _lines(unit, open_file)
-    last = None if unit.max_rows is None else unit.skip_rows + unit.max_rows
-    return islice(rows, unit.skip_rows, last)
-
-
-@contextmanager
-def open_jsonl(path: str) -> Iterator[IO[bytes]]:
-    """A JSONL file for reading, decompressed by its name."""
-    with storage.InputFile(path) as source, _decompressed(path, source) as file:
-        yield file
-
-
-@contextmanager
-def _decompressed(path: str, source: storage.InputFile) -> Iterator[IO[bytes]]:
-    """The text of a JSONL file, decompressed by its name."""
-    if path.lower().endswith(".gz"):
-        buffered = io.BufferedReader(source, storage.READ_BYTES)
-        with gzip.open(buffered) as file:
-            yield file  # type: ignore[misc]
-    elif path.lower().endswith(".zst"):
-        with pa.CompressedInputStream(pa.PythonFile(source, mode="r"), "zstd") as stream:
-            yield io.BufferedReader(stream, 1 << 20)
-    else:
-        yield io.BufferedReader(source, storage.READ_BYTES)
-
-
-def _lines(unit: Unit, open_file: Any) -> Iterator[Place]:
-    """Lines that begin inside the slice, without blank ones, which only count as lines."""
-    source = open_file()
-    with _decompressed(unit.path, source) as file:
-        at = unit.start
-        if unit.start:
-            # A line that begins exactly at `start` is ours: look from the byte before.
-            file.seek(unit.start - 1)
-            at += len(file.readline()) - 1
-        number = 0
-        while unit.end is None or at < unit.end:
-            line = file.readline()
-            if not line:
-                return
-            if line.removeprefix(BOM).strip():
-                yield Place(None if unit.start else number, at, line, unit.path)
-            at += len(line)
-            number += 1
-
-
-def row_number(place: Place) -> int | None:
-    """The row of a place in a JSONL file, counted from its byte if that is cheap."""
-    if place.row is not None or place.byte is None or place.byte > COUNTED_BYTES:
-        return place.row
-    count = 0
-    with storage.open_input(place.source, place.byte) as file:
-        left = place.byte
-        while left and (block := file.read(min(left, storage.READ_BYTES))):
-            count += block.count(b"\n")
-            left -= len(block)
-    return count
+def _too_long(reader: "UnitReader", unit: Unit | None, place: Place, n_read: int) -> BadRow:
+    """A line that is not held. In a plain file its first byte is known, else its number."""
+    assert unit is not None  # lines of dead letters are in memory
+    most = reader.max_row_bytes
+    if is_compressed(unit.path):
+        skip = unit.skip_rows + n_read
+        return too_large(unit, place, place.n_bytes, most, skip_rows=skip, first_row=place.row)
+    start = place.byte or 0
+    slice_ = {"start": start, "end": start + 1, "skip_rows": 0, "n_bytes": place.n_bytes}
+    return too_large(unit, place, place.n_bytes, most, **slice_, first_row=place.row)
 
 
 def parse_line(line: bytes) -> dict[str, Any]:
@@ -202,6 +201,7 @@ def parse_line(line: bytes) -> dict[str, Any]:
     Raises:
         RecordError: it is none; says why.
     """
+    _require_few_values(line)
     try:
         text = line.removeprefix(BOM).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -218,12 +218,28 @@ def parse_line(line: bytes) -> dict[str, Any]:
         raise RecordError(f"nested more than {MAX_JSON_DEPTH} levels deep")
     if not isinstance(value, dict):
         raise RecordError(f"expected a JSON object, got {type(value).__name__}")
-    if b"\\u" in line:
+    if SURROGATE.search(line):
         try:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError:
             raise RecordError("a lone surrogate (\\ud800 to \\udfff): not valid Unicode") from None
     return value
+
+
+def _require_few_values(line: bytes) -> None:
+    """Raises a RecordError if a line has more values than a row may; looked at before parsing."""
+    if _most_values(line) <= MAX_ROW_VALUES:
+        return
+    # Commas and brackets of texts don't count. Escapes would hide where strings end.
+    text = np.frombuffer(line.replace(b"\\\\", b"").replace(b'\\"', b""), np.uint8)
+    n_values, is_inside = 0, False
+    for start in range(0, len(text), SKIPPED_BYTES):
+        part = text[start : start + SKIPPED_BYTES]
+        inside = np.logical_xor.accumulate(part == ord('"')) ^ is_inside
+        n_values += int(np.count_nonzero(np.isin(part, VALUE_MARKS) & ~inside))
+        is_inside = bool(inside[-1])
+    if n_values > MAX_ROW_VALUES:
+        raise RecordError(f"more than {MAX_ROW_VALUES} values in one row")
 
 
 def _depth(value: Any) -> int:
@@ -253,111 +269,7 @@ def value_at(value: Mapping[str, Any], column: str) -> Any:
     return found
 
 
-def _is_usable(value: dict[str, Any], text_column: str, fields: Mapping[str, str]) -> bool:
+def is_usable(value: dict[str, Any], text_column: str, fields: Mapping[str, str]) -> bool:
     """Whether the predictor may take the row."""
     found = {name: value_at(value, column) for name, column in fields.items()}
     return may_be_read(value_at(value, text_column), found)
-
-
-def _has(value: dict[str, Any], column: str) -> bool:
-    """Whether the column is there, be it null."""
-    *outer, last = column.split(".")
-    inner = value_at(value, ".".join(outer)) if outer else value
-    return column in value or (isinstance(inner, dict) and last in inner)
-
-
-def sample(file: SourceFile) -> list[dict[str, Any]]:
-    """The first megabyte or so of rows that can be read."""
-    unit = Unit(id="", path=file.path, format="jsonl", output="", n_bytes=file.size)
-    rows, n_bytes = [], 0
-    with ExitStack() as files:
-        lines = _lines(unit, lambda: files.enter_context(storage.InputFile(file.path)))
-        with suppress(*CONTENT_ERRORS):  # what could be read before counts; the rest is dead
-            for place in lines:
-                with suppress(RecordError):  # a dead letter later
-                    rows.append(parse_line(place.line or b""))
-                n_bytes += len(place.line or b"")
-                if n_bytes > SAMPLE_BYTES:
-                    break
-    return rows
-
-
-def _infer_schema(rows: Sequence[dict[str, Any]]) -> pa.Schema:
-    names = dict.fromkeys(name for row in rows for name in row)
-    return pa.schema([_infer_field(name, [row.get(name) for row in rows]) for name in names])
-
-
-def _infer_field(name: str, values: list[Any]) -> pa.Field:
-    type_ = _column(values).type
-    strings = all(value is None or isinstance(value, str) for value in values)
-    as_json = pa.types.is_string(type_) and not strings
-    return pa.field(name, type_, metadata=AS_JSON if as_json else None)
-
-
-def _to_table(
-    rows: Sequence[dict[str, Any]], schema: pa.Schema, columns: Sequence[str] | None
-) -> pa.Table:
-    """Rows as columns, types as in the schema; a column that does not fit it is not forced.
-
-    Columns that only these rows have are appended, and one whose values don't fit the type seen
-    at planning gets the type that holds them: nothing is lost or changed.
-    """
-    names = list(schema.names)
-    if columns is None:
-        names = list(dict.fromkeys([*names, *(name for row in rows for name in row)]))
-    arrays = {}
-    for name in names:
-        known = schema.field(name) if name in schema.names else None
-        arrays[name] = _column([row.get(name) for row in rows], known)
-    if not arrays:  # a table without columns would forget how many rows it has
-        return pa.table({"": pa.nulls(len(rows))}).select([])
-    return pa.table(arrays)
-
-
-def _column(values: list[Any], known: pa.Field | None = None) -> pa.Array:
-    """Values as an array that gives back the same values; as JSON text if no type can."""
-    as_json = known is not None and known.metadata == AS_JSON
-    for type_ in () if as_json else (None if known is None else known.type, None):
-        try:
-            array = pa.array(values, type=type_)
-        except (pa.ArrowException, TypeError, ValueError, OverflowError):
-            continue
-        if _is_writable(array.type) and _same(array, values):
-            return array
-    # In a column of strings with an odd value, the strings stay what they are.
-    plain = known is not None and pa.types.is_string(known.type) and not as_json
-    return pa.array([_as_text(value, plain) for value in values], pa.string())
-
-
-def _as_text(value: Any, plain: bool) -> str | None:
-    if value is None or (plain and isinstance(value, str)):
-        return value
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _is_writable(type_: pa.DataType, depth: int = 0) -> bool:
-    """Whether Parquet can hold the type: no struct without fields, and not too deep."""
-    inner = [type_.field(i).type for i in range(type_.num_fields)]
-    empty = pa.types.is_struct(type_) and not inner
-    return not empty and depth < MAX_TYPE_DEPTH and all(_is_writable(t, depth + 1) for t in inner)
-
-
-def _same(array: pa.Array, values: list[Any]) -> bool:
-    if pa.types.is_string(array.type):
-        return True
-    return all(map(_equal, array.to_pylist(), values))
-
-
-def _equal(ours: Any, given: Any) -> bool:
-    """Equal and of the same kind; a struct may have more fields, if they are null."""
-    if isinstance(given, dict):
-        return (
-            isinstance(ours, dict)
-            and all(_equal(value, given.get(name)) for name, value in ours.items())
-            and given.keys() <= ours.keys()
-        )
-    if isinstance(given, list):
-        return isinstance(ours, list) and len(ours) == len(given) and all(map(_equal, ours, given))
-    if isinstance(ours, float) and type(given) is int:
-        return ours == given  # JSON does not tell 1 from 1.0
-    return type(ours) is type(given) and (ours == given or ours != ours)

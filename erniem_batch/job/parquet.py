@@ -2,9 +2,9 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 from erniem_batch import storage
 from erniem_batch.errors import ConfigError
 from erniem_batch.job.chunks import (
-    CHUNK_ROWS,
     CONTENT_ERRORS,
     Chunk,
     Place,
@@ -22,7 +21,9 @@ from erniem_batch.job.chunks import (
     require_no_clash,
     rest_of,
     select,
+    too_large,
 )
+from erniem_batch.job.rowgroups import RowGroups, Rows
 from erniem_batch.job.units import Unit
 
 if TYPE_CHECKING:
@@ -73,14 +74,12 @@ def read_parquet(reader: "UnitReader", unit: Unit) -> Iterator[Chunk]:
     with ExitStack() as files:
         try:
             source = files.enter_context(reader.open(unit))
-            file = pq.ParquetFile(pa.PythonFile(source, mode="r"), pre_buffer=True)
-            files.enter_context(file)
-            schema = file.schema_arrow.remove_metadata()
-            _require_usable(schema, reader)
+            file = RowGroups(source, reader.max_row_bytes)
+            _require_usable(file.schema, reader)
         except (*CONTENT_ERRORS, ConfigError) as error:
             yield _unreadable(reader, unit, error)
             return
-        yield from _parquet_chunks(reader, unit, file, schema)
+        yield from _parquet_chunks(reader, unit, file)
 
 
 def _unreadable(reader: "UnitReader", unit: Unit, error: BaseException) -> Chunk:
@@ -90,44 +89,105 @@ def _unreadable(reader: "UnitReader", unit: Unit, error: BaseException) -> Chunk
     return Chunk(reader.schema.empty_table(), [], [], [bad])
 
 
-def _parquet_chunks(
-    reader: "UnitReader", unit: Unit, file: pq.ParquetFile, schema: pa.Schema
-) -> Iterator[Chunk]:
-    wanted = (reader.text_column, *reader.fields.values())
-    tops = [name if name in schema.names else name.split(".")[0] for name in wanted]
-    carried = schema.names if reader.columns is None else list(reader.columns)
-    needed = None if reader.columns is None else list(dict.fromkeys([*carried, *tops]))
+def _parquet_chunks(reader: "UnitReader", unit: Unit, file: RowGroups) -> Iterator[Chunk]:
     # A unit without row groups is an empty file, or one whose footer could not be read before.
-    groups = unit.row_groups or tuple(range(file.num_row_groups))
+    groups = unit.row_groups or tuple(range(file.metadata.num_row_groups))
     if not sum(file.metadata.row_group(g).num_rows for g in groups):
-        yield Chunk(schema.empty_table().select(carried), [], [])
+        yield Chunk(_nothing(reader, file.schema), [], [])
     n_rows = unit.max_rows or unit.n_rows or file.metadata.num_rows
     row, skip, left, done = unit.first_row or 0, unit.skip_rows, unit.max_rows, 0
     for group in groups:
         first, end = row, row + file.metadata.row_group(group).num_rows
         row, skip = row + skip, 0
-        batches = file.iter_batches(CHUNK_ROWS, row_groups=[group], columns=needed)
-        tables = _tables(batches, row - first)
-        while row < end and (left is None or left > 0):
-            try:
-                table = next(tables, None)
-                if table is None:
-                    raise pa.ArrowInvalid(f"{end - row} rows fewer than the footer says")
-            except CONTENT_ERRORS as error:
-                lost = end - row if left is None else min(left, end - row)
-                rest = {"row_groups": (group,), "first_row": first, "skip_rows": row - first}
-                rest |= {"n_rows": lost, "max_rows": lost}
-                bad = rest_of(unit, error, Place(row, source=unit.path), lost, **rest)
-                yield Chunk(schema.empty_table().select(carried), [], [], [bad])
-                left = None if left is None else left - lost
-                break
-            table = table if left is None else table.slice(0, left)
-            left = None if left is None else left - len(table)
-            places = [Place(i, source=unit.path) for i in range(row, row + len(table))]
-            row, done = row + len(table), done + len(table)
-            chunk = table_chunk(reader, table, places)
+        last = end if left is None else min(end, row + left)
+        part = _Part(group, first, row, last)
+        for chunk in _group_chunks(reader, unit, file, part):
+            n_new = len(chunk.texts) + sum(bad.n_rows or 0 for bad in chunk.bad)
+            done += n_new
+            left = None if left is None else left - n_new
             yield replace(chunk, share=min(1.0, done / max(n_rows, 1)))
         row = end
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Rows of a row group that are wanted.
+
+    Attributes:
+        group: its number.
+        first: row of the file that it begins with.
+        row, end: rows of the file that are wanted.
+    """
+
+    group: int
+    first: int
+    row: int
+    end: int
+
+
+def _group_chunks(
+    reader: "UnitReader", unit: Unit, file: RowGroups, part: _Part
+) -> Iterator[Chunk]:
+    """Rows of a row group. What cannot be read of it is one bad row, and so is a row that is too
+    large."""
+    pieces = _wanted(file.tables(part.group, _needed(reader, file.schema)), part)
+    row = part.row
+    while row < part.end:
+        try:
+            piece = next(pieces, None)
+            if piece is None:
+                raise pa.ArrowInvalid(f"{part.end - row} rows fewer than the footer says")
+        except CONTENT_ERRORS as error:
+            lost = part.end - row
+            rest = {**_slice(part, row, lost), "max_rows": lost}
+            bad = rest_of(unit, error, Place(row, source=unit.path), lost, **rest)
+            yield Chunk(_nothing(reader, file.schema), [], [], [bad])
+            return
+        if piece.table is None:
+            place, most = Place(row, source=unit.path), reader.max_row_bytes
+            bad = too_large(unit, place, piece.n_bytes, most, **_slice(part, row, 1))
+            yield Chunk(_nothing(reader, file.schema), [], [], [bad])
+        else:
+            places = [Place(i, source=unit.path) for i in range(row, row + piece.n_rows)]
+            yield table_chunk(reader, piece.table, places)
+        row += piece.n_rows
+
+
+def _slice(part: _Part, row: int, n_rows: int) -> dict[str, Any]:
+    """Rows from one on, as fields of a unit."""
+    return {
+        "row_groups": (part.group,),
+        "first_row": part.first,
+        "skip_rows": row - part.first,
+        "n_rows": n_rows,
+    }
+
+
+def _wanted(pieces: Iterator[Rows], part: _Part) -> Iterator[Rows]:
+    """Pieces of a row group without the rows that are not wanted."""
+    row = part.first
+    for piece in pieces:
+        start, end = max(part.row - row, 0), min(part.end - row, piece.n_rows)
+        row += piece.n_rows
+        if start < end:
+            table = None if piece.table is None else piece.table.slice(start, end - start)
+            yield Rows(table, end - start, piece.n_bytes)
+        if row >= part.end:
+            return
+
+
+def _needed(reader: "UnitReader", schema: pa.Schema) -> list[str] | None:
+    """Columns to read; None: all."""
+    if reader.columns is None:
+        return None
+    wanted = (reader.text_column, *reader.fields.values())
+    tops = [name if name in schema.names else name.split(".")[0] for name in wanted]
+    return list(dict.fromkeys([*reader.columns, *tops]))
+
+
+def _nothing(reader: "UnitReader", schema: pa.Schema) -> pa.Table:
+    """No rows, with the columns that are carried."""
+    return schema.empty_table().select(schema.names if reader.columns is None else reader.columns)
 
 
 def table_chunk(reader: "UnitReader", table: pa.Table, places: list[Place]) -> Chunk:
@@ -189,14 +249,6 @@ def _given(value: Any, type_: pa.DataType) -> Any:
     return [_given(item, type_.value_type) for item in value]
 
 
-def _tables(batches: Iterator[pa.RecordBatch], skip: int) -> Iterator[pa.Table]:
-    """Batches as tables, without the first rows."""
-    for batch in batches:
-        table = pa.Table.from_batches([batch])
-        yield table.slice(skip)
-        skip = max(0, skip - len(table))
-
-
 def _require_usable(schema: pa.Schema, reader: "UnitReader") -> None:
     """Raises a ConfigError if the file has not the columns that the job needs."""
     doubled = [name for name, count in Counter(schema.names).items() if count > 1]
@@ -209,21 +261,70 @@ def _require_usable(schema: pa.Schema, reader: "UnitReader") -> None:
     require_no_clash(carried, reader.added)
 
 
-def whole_rows(unit: Unit, rows: Sequence[int]) -> pa.Table:
-    """Rows of a Parquet file with all their columns, for dead letters."""
-    with (
-        storage.InputFile(unit.path) as source,
-        pq.ParquetFile(pa.PythonFile(source, mode="r"), pre_buffer=True) as file,
-    ):
-        tables = []
-        start = 0
-        for group in range(file.num_row_groups):
-            end = start + file.metadata.row_group(group).num_rows
-            mine = [row - start for row in rows if start <= row < end]
-            if mine:
-                tables.append(file.read_row_group(group).take(pa.array(mine, pa.int64())))
-            start = end
-        return pa.concat_tables(tables).replace_schema_metadata(None)
+class WholeRows:
+    """Rows of a Parquet file with all their columns, for dead letters.
+
+    One pass over the file serves all calls whose rows ascend.
+
+    Args:
+        max_row_bytes: a larger row is left out.
+    """
+
+    def __init__(self, unit: Unit, max_row_bytes: int) -> None:
+        self._unit = unit
+        self._max_row_bytes = max_row_bytes
+        self._files = ExitStack()
+        self._pieces: Iterator[tuple[int, Rows]] = iter(())
+        self._first, self._piece, self._next = 0, Rows(None, 0, 0), 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._files.close()
+
+    def take(self, rows: Sequence[int]) -> dict[int, pa.Table]:
+        """Tables of one row each, by the row; without those that cannot be read.
+
+        Args:
+            rows: ascending.
+        """
+        found: dict[int, pa.Table] = {}
+        with suppress(*CONTENT_ERRORS):
+            # Rows that were read a moment ago cannot be read now: the reader will have said so.
+            for row in rows:
+                table = self._row(row)
+                if table is not None:
+                    found[row] = table
+        return found
+
+    def _row(self, row: int) -> pa.Table | None:
+        self._next = row
+        if row < self._first or not self._piece.n_rows:
+            self._pieces = self._read()
+            self._first, self._piece = next(self._pieces, (row, Rows(None, 0, 0)))
+        while row >= self._first + self._piece.n_rows:
+            found = next(self._pieces, None)
+            if found is None:
+                return None
+            self._first, self._piece = found
+        table = self._piece.table
+        return None if table is None else table.take(pa.array([row - self._first], pa.int64()))
+
+    def _read(self) -> Iterator[tuple[int, Rows]]:
+        """Pieces of row groups, each with its first row; no groups before the next row."""
+        self._files.close()
+        source = self._files.enter_context(storage.InputFile(self._unit.path))
+        file = RowGroups(source, self._max_row_bytes)
+        first = 0
+        for group in range(file.metadata.num_row_groups):
+            n_rows = file.metadata.row_group(group).num_rows
+            if first + n_rows > self._next:
+                at = first
+                for piece in file.tables(group):
+                    yield at, piece
+                    at += piece.n_rows
+            first += n_rows
 
 
 def _strings(values: pa.Array) -> list[Any]:

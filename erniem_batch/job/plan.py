@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from erniem_batch.errors import ConfigError, Conflict, DamagedFile
 from erniem_batch.job.config import JobConfig
+from erniem_batch.job.jsonsample import require_all_lines
 from erniem_batch.job.lease import Lease
 from erniem_batch.job.letters import output_of_letters
 from erniem_batch.job.manifest import read_manifest
@@ -174,6 +175,7 @@ def _new_units(
     if not len(new):
         return UNIT_SCHEMA.empty_table(), edition
     logger.info("planning files=%d", len(new))
+    require_all_lines(files_of(new))
     limit = None
     if config.limit is not None:
         limit = config.limit - (pc.sum(plan["max_rows"]).as_py() or 0)

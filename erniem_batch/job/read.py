@@ -7,13 +7,22 @@ import pyarrow as pa
 
 from erniem_batch import storage
 from erniem_batch.errors import ConfigError, StorageError
-from erniem_batch.job.chunks import CONTENT_ERRORS, Chunk, flag_of, require_no_clash, select
-from erniem_batch.job.config import JobConfig
-from erniem_batch.job.jsonl import read_jsonl, sample, schema_of_sample
+from erniem_batch.job.chunks import (
+    CONTENT_ERRORS,
+    Chunk,
+    flag_of,
+    require_no_clash,
+    select,
+)
+from erniem_batch.job.config import MAX_ROW_BYTES, JobConfig
+from erniem_batch.job.jsonl import read_jsonl
+from erniem_batch.job.jsonsample import NotLines, sample, schema_of_sample
+from erniem_batch.job.jsontypes import ColumnTypes
 from erniem_batch.job.parquet import parquet_schema, read_parquet, require_column, require_text
 from erniem_batch.job.units import SourceFile, Unit
 
 SAMPLED_FILES = 8  # JSONL files that have a say in the types of columns
+SAMPLED_BYTES = 12 << 20
 
 
 class UnitReader:
@@ -25,6 +34,7 @@ class UnitReader:
         fields: what else the task reads: name by name, its column.
         added: columns that the job adds.
         text_flag: that names the text column.
+        max_row_bytes: a larger row is not read.
 
     Attributes:
         n_bytes: read from storage so far.
@@ -40,8 +50,10 @@ class UnitReader:
         fields: Mapping[str, str] | None = None,
         added: Sequence[str] = (),
         text_flag: str = "--text-column",
+        max_row_bytes: int = MAX_ROW_BYTES,
     ) -> None:
         self.unit = unit
+        self.max_row_bytes = max_row_bytes
         self.fields = dict(fields or {})
         self.added = added
         self.text_flag = text_flag
@@ -61,6 +73,7 @@ class UnitReader:
             fields=config.fields,
             added=config.added_columns,
             text_flag=config.text_flag,
+            max_row_bytes=config.max_row_bytes,
         )
 
     @property
@@ -78,12 +91,16 @@ class UnitReader:
         if info is not None and not storage.same_version(self.unit.version, info.version):
             raise _changed(self.unit)
 
-    def slice_chunks(self, unit: Unit) -> Iterator[Chunk]:
-        """The rows of a slice of an input file."""
+    def slice_chunks(self, unit: Unit, types: ColumnTypes | None = None) -> Iterator[Chunk]:
+        """The rows of a slice of an input file.
+
+        Args:
+            types: of JSONL rows of the same unit that were read before.
+        """
         if unit.format == "parquet":
             yield from read_parquet(self, unit)
         else:
-            yield from read_jsonl(self, unit)
+            yield from read_jsonl(self, unit, types)
 
     def open(self, unit: Unit) -> storage.InputFile:
         """The unit's file, if it is still the one that was planned."""
@@ -119,12 +136,12 @@ def input_schema(
         fields, added, text_flag: as for UnitReader.
 
     Raises:
-        ConfigError: no file can be used, the text column or a carried one doesn't exist, or the
-            text is no text.
+        ConfigError: no file can be used, one is JSON but not JSON Lines, the text column or a
+            carried one doesn't exist, or the text is no text.
     """
     fields = fields or {}
     rows: list[dict[str, Any]] = []
-    n_sampled = 0
+    n_sampled = n_sampled_bytes = 0
     problems: list[Exception] = []
     schema: pa.Schema | None = None
     for file in files:
@@ -132,12 +149,15 @@ def input_schema(
             if file.format == "parquet":
                 schema = _usable_schema(file, text_column, columns, fields, text_flag)
                 break
-            found = sample(file)
+            found, n_bytes = sample(file)
             rows += found
             n_sampled += bool(found)
+            n_sampled_bytes += n_bytes
+        except NotLines:
+            raise
         except (*CONTENT_ERRORS, ConfigError) as error:
             problems.append(error)  # a dead letter later, if other files are better
-        if n_sampled == SAMPLED_FILES:
+        if n_sampled == SAMPLED_FILES or n_sampled_bytes > SAMPLED_BYTES:
             break
     if schema is None and rows:
         schema = schema_of_sample(rows, text_column, fields, text_flag)

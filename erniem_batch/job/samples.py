@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from erniem_batch import storage
 from erniem_batch.job.config import JobConfig
+from erniem_batch.job.rowgroups import take_rows
 
 MOST_CHARACTERS = 600
 SIZES = {"utf16": ("utf-16-le", 2), "byte": ("utf-8", 1)}
@@ -39,18 +41,24 @@ def samples(config: JobConfig, output: str, files: Sequence[str], wanted: int) -
     chosen = [files[i * len(files) // n_files] for i in range(n_files)]
     found = []
     for i, name in enumerate(chosen):
-        table = _shown_columns(config, storage.read_table(storage.join(output, name)))
-        n_rows = min(len(table), wanted // n_files + (i < wanted % n_files))
-        places = [j * len(table) // n_rows for j in range(n_rows)]
-        found += [sample_of(config, row) for row in table.take(places).to_pylist()]
+        path = storage.join(output, name)
+        n_there = _n_rows(path)
+        n_rows = min(n_there, wanted // n_files + (i < wanted % n_files))
+        places = [j * n_there // n_rows for j in range(n_rows)]
+        for table in take_rows(path, places, _shown_columns(config).__contains__):
+            found += [sample_of(config, row) for row in table.to_pylist()]
     return found
 
 
-def _shown_columns(config: JobConfig, table: pa.Table) -> pa.Table:
+def _n_rows(path: str) -> int:
+    with storage.InputFile(path) as source:
+        return int(pq.read_metadata(pa.PythonFile(source, mode="r")).num_rows)
+
+
+def _shown_columns(config: JobConfig) -> set[str]:
     """No others: Python has no values for every date or time that Arrow has."""
     read = [config.text_column, *config.fields.values()]
-    wanted = {*read, *(name.partition(".")[0] for name in read), *config.options.added_columns}
-    return table.select([name for name in table.column_names if name in wanted])
+    return {*read, *(name.partition(".")[0] for name in read), *config.options.added_columns}
 
 
 def sample_of(config: JobConfig, row: Row) -> Sample:

@@ -21,6 +21,12 @@ import pyarrow.parquet as pq
 
 from erniem_batch import storage
 from erniem_batch.errors import ConfigError
+from erniem_batch.job.foreign import (
+    LeftOut,
+    is_description,
+    require_no_table_above,
+    require_plain_files,
+)
 from erniem_batch.storage import FileInfo
 from erniem_batch.terminal import UNSAFE
 
@@ -169,11 +175,13 @@ def find_files(inputs: Sequence[str], input_format: str = "auto") -> pa.Table:
     """
     tables = []
     for pattern in inputs:
-        counts = {"matches": 0}
-        table = _to_table(_known_files(pattern, input_format, counts), FILE_SCHEMA)
+        left_out = LeftOut()
+        table = _to_table(_known_files(pattern, input_format, left_out), FILE_SCHEMA)
         if not len(table):
-            what = "none of the files found there is" if counts["matches"] else "no file matches"
+            n_found = left_out.n_others + len(left_out.descriptions)
+            what = "none of the files found there is" if n_found else "no file matches"
             raise ConfigError(f"--input {pattern}: {what} {INPUT_HELP}")
+        left_out.log(INPUT_HELP)
         tables.append(table)
     files = pa.concat_tables(tables)
     if len(inputs) > 1:  # the first name of a file that several inputs match counts
@@ -190,12 +198,19 @@ def files_of(table: pa.Table) -> Iterator[SourceFile]:
             yield SourceFile(**row)
 
 
-def _known_files(pattern: str, input_format: str, counts: dict[str, int]) -> Iterator[SourceFile]:
+def _known_files(pattern: str, input_format: str, left_out: LeftOut) -> Iterator[SourceFile]:
     path = storage.normal(pattern)
+    roots = set()
     for info, root in _expand(path):
-        counts["matches"] += 1
         file = _source_file(info, root, input_format)
-        if file is not None:
+        if file is None:
+            left_out.add(info.path)
+        elif info.path != path and input_format == "auto" and is_description(info.path):
+            left_out.descriptions.append(info.path)
+        else:
+            if file.format == "parquet" and root not in roots:
+                roots.add(root)
+                require_no_table_above(root)
             yield file
 
 
@@ -214,6 +229,7 @@ def _below(path: str) -> Iterator[tuple[FileInfo, str]]:
             yield info, path.rpartition("/")[0]
             continue
         parts = info.path[len(path) + 1 :].split("/")
+        require_plain_files(path, parts)
         # Names that begin with _ or . are not data: _SUCCESS, _dead_letters, unfinished files.
         if not any(part.startswith(("_", ".")) for part in parts):
             yield info, path
@@ -406,7 +422,7 @@ def _jsonl_slices(file: SourceFile, unit_bytes: int) -> Iterator[dict[str, Any]]
 
 def _limited(units: Iterable[Unit], limit: int) -> Iterator[Unit]:
     """The first units, up to so many rows; JSONL rows are counted by reading."""
-    from erniem_batch.job.jsonl import count_rows
+    from erniem_batch.job.lines import count_rows
 
     for unit in units:
         if limit <= 0:

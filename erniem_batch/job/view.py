@@ -10,6 +10,7 @@ from rich.text import Text
 from erniem_batch import storage
 from erniem_batch.job.actor import Receipt
 from erniem_batch.job.config import JobConfig
+from erniem_batch.job.rowgroups import take_rows
 from erniem_batch.terminal import printable, safe_markup
 
 if TYPE_CHECKING:
@@ -44,9 +45,9 @@ class ResultView:
     def __call__(self, receipt: Receipt) -> None:
         if receipt.error:
             return
-        table = storage.read_table(storage.join(self._output, receipt.output))
+        tables = take_rows(storage.join(self._output, receipt.output), range(SHOWN_ROWS))
         show = VIEWS[self._config.task]
-        for row in table.slice(0, SHOWN_ROWS).to_pylist():
+        for row in (row for table in tables for row in table.to_pylist()):
             line = show(row, row[self._config.text_column])
             if line is not None:
                 self._console.print(line)

@@ -1,6 +1,5 @@
 """One output file for a unit: made visible in one step, with marks that say what it is."""
 
-import base64
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +20,7 @@ from erniem_batch.job.documents import (
     with_checksum,
 )
 from erniem_batch.job.findings import is_findings
+from erniem_batch.job.jsonvalues import json_line, json_values
 from erniem_batch.records import Prediction
 from erniem_batch.tasks.base import Task
 
@@ -202,15 +202,11 @@ def _write_jsonl(
     file: storage.Hashed, tables: Iterable[pa.Table], marks: Callable[[], Marks]
 ) -> Iterator[pa.Table]:
     for table in tables:
-        for row in table.to_pylist():
-            line = json.dumps(row, ensure_ascii=False, default=_plain)
+        columns = [json_values(column) for column in table.columns]
+        for values in zip(*columns, strict=True):
+            line = json_line(dict(zip(table.column_names, values, strict=True)))
             file.write(line.encode("utf-8") + b"\n")
         yield table
-
-
-def _plain(value: Any) -> str:
-    """What JSON has no type for: bytes in base64, all else as Python writes it."""
-    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
 
 
 def _write_parquet(

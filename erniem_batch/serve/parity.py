@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
@@ -25,8 +24,10 @@ from erniem_batch.errors import ConfigError, RecordError
 from erniem_batch.job.chunks import CONTENT_ERRORS
 from erniem_batch.job.config import COUNTED_COLUMNS, LANGUAGE_COLUMN, TASK_FIELDS, TEXT_FLAGS
 from erniem_batch.job.documents import parse_document
-from erniem_batch.job.jsonl import open_jsonl, parse_line, value_at
+from erniem_batch.job.jsonl import parse_line, value_at
+from erniem_batch.job.lines import bounded_lines
 from erniem_batch.job.manifest import MANIFEST, Entry, Manifest, read_manifest
+from erniem_batch.job.rowgroups import take_rows
 from erniem_batch.options import (
     OPTIONS,
     ClassifyOptions,
@@ -227,26 +228,16 @@ def _readable(path: str) -> Iterator[None]:
 
 
 def _parquet_rows(path: str, numbers: Sequence[int], columns: Sequence[str]) -> Iterator[Row]:
-    with (
-        storage.InputFile(path) as source,
-        pq.ParquetFile(pa.PythonFile(source, mode="r")) as file,
-    ):
-        start = 0
-        for group in range(file.num_row_groups):
-            end = start + file.metadata.row_group(group).num_rows
-            mine = [number - start for number in numbers if start <= number < end]
-            if mine:
-                table = file.read_row_group(group, columns=list(columns))
-                yield from table.take(pa.array(mine, pa.int64())).to_pylist()
-            start = end
+    wanted = {*columns, *(name.partition(".")[0] for name in columns)}  # of nested ones, the top
+    for table in take_rows(path, numbers, wanted.__contains__):
+        yield from table.to_pylist()
 
 
 def _jsonl_rows(path: str, numbers: Sequence[int], columns: Sequence[str]) -> Iterator[Row]:
     wanted = set(numbers)
-    with open_jsonl(path) as lines:
-        for number, line in enumerate(lines):
-            if number in wanted:
-                yield parse_line(line)
+    for number, line in enumerate(bounded_lines(path)):
+        if number in wanted and not isinstance(line, int):
+            yield parse_line(line)
 
 
 def _without_null(value: Any) -> Any:

@@ -130,10 +130,21 @@ def require_string(value: Any, name: str) -> str:
     Raises:
         RecordError: it is not; says what it is, never its content.
     """
+    if isinstance(value, bytes):
+        raise RecordError(f"{name} {_not_utf8(value)}")
     if not isinstance(value, str):
         came = "null" if value is None else type(value).__name__
         raise RecordError(f"{name} must be a string, got {came}")
     return value
+
+
+def _not_utf8(value: bytes) -> str:
+    """What is wrong with bytes in place of a string: readers give them if they are not UTF-8."""
+    try:
+        value.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return f"is not UTF-8 at byte {error.start}"
+    return "must be a string, got bytes"
 
 
 def require_finite(scores: FloatArray) -> None:

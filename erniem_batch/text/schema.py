@@ -57,7 +57,7 @@ def _nodes(value: Any, where: str, depth: int) -> Schema:
     if value is None:
         return ()
     if isinstance(value, str):
-        return (Node(value),)
+        return (Node(_name(value, where)),)
     if isinstance(value, Mapping):
         return tuple(
             Node(_name(name, where), _nodes(inner, f"{where}.{name}", depth + 1))
@@ -77,6 +77,8 @@ def _nodes(value: Any, where: str, depth: int) -> Schema:
 def _name(name: Any, where: str) -> str:
     if not isinstance(name, str):
         raise ConfigError(f"{where}: a name must be a string, got {type(name).__name__}")
+    if not name.strip():
+        raise ConfigError(f"{where}: a name is blank")
     return name
 
 

@@ -4,14 +4,14 @@ from pathlib import Path
 
 from cyclopts import App
 
-from tests.benchmarks import forward, job, layer, memory, report, scaling, stages
+from tests.benchmarks import bombs, forward, job, layer, memory, report, scaling, stages
 
 app = App(
     name="python -m tests.benchmarks",
     help="Benchmarks; each prints a line of JSON.",
     result_action="return_value",
 )
-for module in (forward, job, layer, memory, report, scaling, stages):
+for module in (bombs, forward, job, layer, memory, report, scaling, stages):
     app.command(module.app, name=module.__name__.rpartition(".")[2])
 
 

@@ -158,7 +158,9 @@ def _config(work, model, output="out", **options):
 
 def _check_everything_bad(work, model, monkeypatch, n_good, long_bytes, unit_bytes):
     corpus = Corpus(work / "in", n_good, long_bytes)
-    config = _config(work, model, unit_bytes=unit_bytes)
+    # One text is of 20 MB in the large corpus: a text may have a sixteenth of the largest row.
+    options = {"unit_bytes": unit_bytes, "max_row_bytes": 1 << 29}
+    config = _config(work, model, **options)
     vanishing = (corpus.folder / "vanishes.parquet").read_bytes()
 
     def connect_late(config):  # the plan is made
@@ -172,7 +174,7 @@ def _check_everything_bad(work, model, monkeypatch, n_good, long_bytes, unit_byt
 
     (corpus.folder / "vanishes.parquet").write_bytes(vanishing)
     (work / "poisonous").touch()
-    report = run_job(_config(work, model, "out2", unit_bytes=unit_bytes))
+    report = run_job(_config(work, model, "out2", **options))
     ids, letters = _results(work / "out2")
     found = Counter(ids)
     assert {i for i, n in found.items() if n > 1} == set()

@@ -169,15 +169,26 @@ def test_text_that_is_not_utf8_is_one_dead_letter(tmp_path, tag):
         {"text": "Zoë", "n": 3},
     ]
     (letter,) = _letters(tmp_path, columns=["source_row", "reason"])
-    assert (letter["source_row"], letter["reason"]) == (1, "text must be a string, got bytes")
+    assert (letter["source_row"], letter["reason"]) == (1, "text is not UTF-8 at byte 0")
 
 
-def test_carried_bytes_that_json_cannot_hold_lose_the_unit_not_the_job(tmp_path, tag):
-    column = bad_utf8_strings([b"\xff"])
-    source = write_parquet(tmp_path / "a.parquet", pa.table({"text": ["Ada"], "other": column}))
+def test_a_string_that_json_cannot_hold_is_one_dead_letter(tmp_path, tag):
+    """Once, the whole unit was lost with it, for ever."""
+    other = bad_utf8_strings([b"ok", b"a\xff", b"ok"])
+    nested = pa.StructArray.from_arrays([bad_utf8_strings([b"\xfe", b"ok", b"ok"])], ["a"])
+    table = pa.table({"text": ["Ada", "Bob", "Eva"], "other": other, "nested": nested})
+    source = write_parquet(tmp_path / "a.parquet", table)
     ((receipt,), _) = tag(source, output_format="jsonl")
-    assert receipt["error"].startswith("UnicodeDecodeError in ")
-    assert _files(tmp_path / "out") == []
+    assert (receipt["error"], receipt["n_ok"], receipt["n_dead"]) == ("", 1, 2)
+    (line,) = (tmp_path / "out" / "a.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["text"] == "Eva"
+    letters = _letters(tmp_path, columns=["source_row", "stage", "reason"])
+    assert [(x["source_row"], x["stage"], x["reason"]) for x in letters] == [
+        (0, "write", "column 'nested' is not UTF-8 at byte 0"),
+        (1, "write", "column 'other' is not UTF-8 at byte 1"),
+    ]
+    rows = pq.read_table(tmp_path / "out" / "_dead_letters" / "a.parquet")["row"].combine_chunks()
+    assert rows.field("other").cast(pa.binary()).to_pylist() == [b"ok", b"a\xff"]
 
 
 def test_damaged_pages_are_a_dead_letter_beside_the_readable_rows(tmp_path, tag):

@@ -277,11 +277,10 @@ def test_letters_appear_whole_or_not_at_all(tmp_path, monkeypatch):
     bury(tmp_path, unit)
     before = storage.read(str(tmp_path / "out" / letters_name("a")))
 
-    def broken(table, file, **_):
-        file.write(b"half")
+    def broken(self, table, **_):
         raise OSError("the disk went away")
 
-    monkeypatch.setattr(pq, "write_table", broken)
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", broken)
     with pytest.raises(Exception, match="went away"):
         bury(tmp_path, unit)
     assert storage.read(str(tmp_path / "out" / letters_name("a"))) == before

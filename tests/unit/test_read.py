@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from erniem_batch.errors import ConfigError, StorageError
-from erniem_batch.job.jsonl import row_number
+from erniem_batch.job.lines import row_number
 from erniem_batch.job.read import input_schema
 from erniem_batch.job.units import files_of, find_files, plan_units
 

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from erniem_batch.errors import ConfigError
-from erniem_batch.job.jsonl import row_number
+from erniem_batch.job.lines import row_number
 from erniem_batch.job.units import (
     UNIT_SCHEMA,
     Unit,
