@@ -178,6 +178,12 @@ class Alone:
         storage.delete([path])
 
 
+def letters_path(output: Path | str, name: str = "a") -> Path:
+    """The dead letters of an output of which there was one attempt."""
+    (path,) = (Path(output) / "_dead_letters").glob(f"{name}.try-????????.parquet")
+    return path
+
+
 class UnitsHere:
     """Stands for `run.tag_units`: this process tags, which saves the start of Ray and its actors.
 

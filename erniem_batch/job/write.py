@@ -137,8 +137,9 @@ def write_tables(
         for table in (_write_jsonl if jsonl else _write_parquet)(file, tables, marks):
             n_rows += len(table)
         n_bytes = file.tell()
+        apart = marks().encode(n_bytes=n_bytes, sha256=file.sha256()) if jsonl else b""
     if jsonl:  # after the data, which without it counts for nothing
-        _write_sidecar(output, name, marks().encode(n_bytes=n_bytes, sha256=file.sha256()))
+        _write_sidecar(output, name, apart)
     return n_rows, n_bytes, file.sha256()
 
 

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fakes import (
+    letters_path,
     ADDED_SCHEMA,
     KILLER,
     RaisingTagger,
@@ -59,8 +60,7 @@ def _output(tmp_path, name="a"):
 
 
 def _letters(tmp_path, name="a", columns=None):
-    (path,) = (tmp_path / "out" / DEAD_LETTERS).glob(f"{name}.try-????????.parquet")
-    return pq.read_table(path, columns=columns).to_pylist()
+    return pq.read_table(letters_path(tmp_path / "out", name), columns=columns).to_pylist()
 
 
 def test_receipt_and_progress(tmp_path, tag):
@@ -187,7 +187,7 @@ def test_a_string_that_json_cannot_hold_is_one_dead_letter(tmp_path, tag):
         (0, "write", "column 'nested' is not UTF-8 at byte 0"),
         (1, "write", "column 'other' is not UTF-8 at byte 1"),
     ]
-    rows = pq.read_table(tmp_path / "out" / "_dead_letters" / "a.parquet")["row"].combine_chunks()
+    rows = pq.read_table(letters_path(tmp_path / "out"))["row"].combine_chunks()
     assert rows.field("other").cast(pa.binary()).to_pylist() == [b"ok", b"a\xff"]
 
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fakes import (
+    letters_path,
     KILLER,
     RefusingTagger,
     make_tagger,
@@ -343,7 +344,7 @@ def output_of(config: JobConfig, name: str = "a") -> pa.Table:
 
 
 def letters_of(config: JobConfig, name: str = "a") -> list[Row]:
-    return pq.read_table(Path(config.output) / DEAD_LETTERS / f"{name}.parquet").to_pylist()
+    return pq.read_table(letters_path(config.output, name)).to_pylist()
 
 
 def bad_rows(case: Case, kind: str) -> list[Bad]:
@@ -494,7 +495,7 @@ def test_replay(tmp_path, job, name, kind):
         path=str(tmp_path / f"a.{kind}"),
         format=kind,
         output="a.replay-1",
-        letters=letters_name("a"),
+        letters=f"{DEAD_LETTERS}/{letters_path(config.output).name}",
     )
     again = make_tagger(config, pa.schema([("id", pa.string())])).tag(unit)
     assert (again.error, again.n_rows, again.n_ok) == ("", len(bad) + 1, 1)

@@ -6,11 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fakes import bad_utf8_strings, make_tagger, ner_config, write_parquet
+from fakes import letters_path, bad_utf8_strings, make_tagger, ner_config, write_parquet
 
 from erniem_batch import storage
 from erniem_batch.job import JobConfig, pages, rowgroups
-from erniem_batch.job.letters import letters_name
 from erniem_batch.job.parquet import WholeRows
 from erniem_batch.job.read import UnitReader
 from erniem_batch.job.rowgroups import RowGroups, take_rows, value_sizes
@@ -258,7 +257,7 @@ def test_dead_letters_of_a_bomb_are_written_in_groups(
     source = write_parquet(tmp_path / "a.parquet", table)
     receipt = tag(tmp_path, ner_model_dir, source, columns=columns)
     assert (receipt["error"], receipt["n_dead"]) == ("", 50)
-    path = tmp_path / "out" / letters_name("a")
+    path = letters_path(tmp_path / "out")
     assert pq.read_metadata(path).num_row_groups == 8
     rows = pq.read_table(path)["row"].to_pylist()
     assert rows == table.to_pylist()

@@ -7,7 +7,7 @@ import random
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fakes import ADDED_SCHEMA, make_tagger, ner_config, write_bytes, write_jsonl
+from fakes import letters_path, ADDED_SCHEMA, make_tagger, ner_config, write_bytes, write_jsonl
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +15,6 @@ from erniem_batch.errors import RecordError
 from erniem_batch.gold import rows_of
 from erniem_batch.job import JobConfig, jsonl, lines
 from erniem_batch.job.jsontypes import infer_schema, join_types
-from erniem_batch.job.letters import letters_name
 from erniem_batch.job.lines import bounded_lines, count_rows
 from erniem_batch.job.read import UnitReader, input_schema
 from erniem_batch.job.settle import OneSchema
@@ -249,7 +248,7 @@ def test_replay_reads_a_long_line(tmp_path, job):
     write_bytes(tmp_path / "in" / "a.jsonl.gz", b'{"text": "Ada"}\n' + LONG + b"\n")
     report, _ = job(max_row_bytes=100, max_dead_letters="9")
     assert (report.n_ok, report.n_dead) == (1, 1)
-    letter = pq.read_table(tmp_path / "out" / letters_name("a")).to_pylist()[0]
+    letter = pq.read_table(letters_path(tmp_path / "out")).to_pylist()[0]
     assert (letter["source_row"], letter["n_rows"], letter["line"]) == (1, 1, None)
     report, _ = job(replay=True, max_row_bytes=1 << 20)
     assert (report.n_ok, report.n_dead) == (2, 0)
@@ -325,7 +324,7 @@ def test_many_dead_letters_are_not_held(tmp_path, monkeypatch, tag):
     source = write_bytes(tmp_path / "a.jsonl.gz", content)
     (receipt,) = tag(source)
     assert (receipt["error"], receipt["n_ok"], receipt["n_dead"]) == ("", 0, 5000)
-    path = tmp_path / "out" / letters_name("a")
+    path = letters_path(tmp_path / "out")
     assert pq.read_metadata(path).num_row_groups > 20
     letters = pq.read_table(path)
     assert letters["source_row"].to_pylist() == list(range(5000))
