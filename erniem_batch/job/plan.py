@@ -125,7 +125,7 @@ def plan_run(
     plan, lost = folder.sound_plan(info.generation)
     if lost and (found is None or config.limit is not None):  # what it held is not known
         raise next(iter(lost.values()))
-    edition = folder.next_edition()
+    edition = folder.next_edition(lost)
     if found is None:
         units = to_table(replay_units(folder, plan))
         # Those of a replay that was interrupted are planned already.
