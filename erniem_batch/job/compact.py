@@ -314,7 +314,9 @@ class _Partition:
             return
         if self._writer is None:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115
-            self._writer = pq.ParquetWriter(self._file, self._schema, compression="zstd")
+            self._writer = pq.ParquetWriter(
+                self._file, self._schema, compression="zstd", write_page_checksum=True
+            )
         assert self._file is not None
         self._writer.write_table(pa.concat_tables(self._tables).combine_chunks())
         self._tables, self.held_bytes, self.n_bytes = [], 0, self._file.tell()
@@ -328,9 +330,10 @@ class _Partition:
         n_rows, n_bytes = self.n_rows, self._file.seek(0, 2)
         self._file.seek(0)
         with storage.new_file(storage.join(self._target, name)) as file:
-            shutil.copyfileobj(self._file, file)
+            hashed = storage.Hashed(file)
+            shutil.copyfileobj(self._file, hashed)
         self._file.close()
         self._file = self._writer = None
         self._number += 1
         self.n_rows = self.n_bytes = 0
-        return Entry(name, n_rows, n_bytes)
+        return Entry(name, n_rows, n_bytes, hashed.sha256())

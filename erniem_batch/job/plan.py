@@ -137,7 +137,7 @@ def plan_run(
         plan, lost = folder.sound_plan(info.generation)
         if lost and (found is None or config.limit is not None):  # what it held is not known
             raise next(iter(lost.values()))
-        edition = folder.next_edition()
+        edition = folder.next_edition(lost)
         if found is None:
             units = to_table(replay_units(folder, info.generation, plan))
         else:
@@ -181,10 +181,12 @@ def _new_units(
         limit = config.limit - (pc.sum(plan["max_rows"]).as_py() or 0)
     units = to_table(plan_units(files_of(new), config.bytes_per_unit, config.text_column, limit))
     require_unique(units)
-    if not len(plan) and info.generation == 1:
-        _require_no_foreign_files(folder, units)
-        return units, edition
     taken = _names_in_use(folder, info.generation, plan)
+    own = _outputs_of(folder, info.generation, units)  # after the loss of a segment of the plan
+    taken = taken.filter(pc.invert(pc.is_in(taken, value_set=own)))
+    if not len(plan) and info.generation == 1:
+        _require_no_foreign_files(folder, units, taken)
+        return units, edition
     known = pc.is_in(units["path"], value_set=_flat(plan["path"]))
     in_use = pc.is_in(units["output"], value_set=taken)  # a.jsonl of yesterday is a.jsonl.gz today
     paths = units["path"].filter(pc.or_(known, in_use))
@@ -222,14 +224,19 @@ def _names_in_use(folder: RunFolder, generation: int, plan: pa.Table) -> pa.Arra
     return pa.concat_arrays([_flat(listed), _flat(plan["output"]), older]).unique()
 
 
+def _outputs_of(folder: RunFolder, generation: int, units: pa.Table) -> pa.Array:
+    """Names of outputs that, by the ledger, were made of one of these units."""
+    ledger = folder.read_ledger(generation)
+    mine = ledger["output"].filter(pc.is_in(ledger["unit_id"], value_set=_flat(units["id"])))
+    return _flat(pc.replace_substring_regex(mine, r"\.(parquet|jsonl)$", ""))
+
+
 def _flat(column: pa.ChunkedArray) -> pa.Array:
     return column.combine_chunks()
 
 
-def _require_no_foreign_files(folder: RunFolder, units: pa.Table) -> None:
-    listing = folder.listing()["file"].combine_chunks()
-    names = pc.replace_substring_regex(listing, r"\.(parquet|jsonl)$", "")
-    there = listing.filter(pc.is_in(names, units["output"].combine_chunks()))
+def _require_no_foreign_files(folder: RunFolder, units: pa.Table, taken: pa.Array) -> None:
+    there = units["output"].filter(pc.is_in(units["output"], value_set=taken))
     if len(there):
         raise ConfigError(
             f"--output {folder.output} holds {len(there)} files that are not of this run but have "

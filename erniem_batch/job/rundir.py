@@ -260,9 +260,15 @@ class RunFolder:
         """The units of all segments that can be read, and the faults of the others by path."""
         return self._read_all("plan", self._segments("plan", generation))
 
-    def next_edition(self) -> int:
-        """Number of the next segment of the plan, over all generations."""
-        return 1 + max(map(segments.number_of, self._list("plan")), default=0)
+    def next_edition(self, lost: Iterable[str] = ()) -> int:
+        """Number of the next segment of the plan, over all generations.
+
+        Args:
+            lost: Segments that do not count. If it is the newest, its number is used again, so
+                that its outputs get their old names.
+        """
+        paths = [path for path in self._list("plan") if path not in set(lost)]
+        return 1 + max(map(segments.number_of, paths), default=0)
 
     def add_to_plan(self, generation: int, edition: int, units: pa.Table) -> pa.Table:
         """Write a segment of the plan, with a copy of run.json in its footer.

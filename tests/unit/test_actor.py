@@ -8,12 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fakes import (
-    letters_path,
     ADDED_SCHEMA,
     KILLER,
     RaisingTagger,
     RefusingTagger,
     bad_utf8_strings,
+    letters_path,
     make_tagger,
     ner_config,
     write_bytes,

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fakes import (
-    letters_path,
     KILLER,
     RefusingTagger,
+    letters_path,
     make_tagger,
     save_tiny_models,
     tag_files,
@@ -25,7 +25,7 @@ from erniem_batch.errors import ConfigError
 from erniem_batch.job import jsonl, parquet
 from erniem_batch.job.actor import UnitTagger
 from erniem_batch.job.config import JobConfig
-from erniem_batch.job.letters import DEAD_LETTERS, letters_name
+from erniem_batch.job.letters import DEAD_LETTERS
 from erniem_batch.job.read import input_schema
 from erniem_batch.job.units import Unit, files_of, find_files
 from erniem_batch.options import (

@@ -7,11 +7,19 @@ from fakes import write_jsonl
 
 from erniem_batch import cli
 from erniem_batch.errors import ConfigError
+from erniem_batch.job import run
 from erniem_batch.job.apart import require_apart, require_found_apart
 from erniem_batch.job.compact import compact
 from erniem_batch.job.units import find_files
 from erniem_batch.train.config import FinetuneConfig
 from erniem_batch.train.run import finetune
+
+
+@pytest.fixture(autouse=True)
+def no_page(monkeypatch):
+    """Charts take half a second."""
+    monkeypatch.setattr(run, "_page", lambda *_: "")
+
 
 INSIDE = "is inside --output"
 READS = "the next run would read its results"

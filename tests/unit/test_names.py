@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from erniem_batch import storage
 from erniem_batch.errors import ConfigError
-from erniem_batch.job import result_files
+from erniem_batch.job import result_files, run
 from erniem_batch.job.units import (
     MOST_NAME_BYTES,
     MOST_PART_BYTES,
@@ -21,6 +21,13 @@ from erniem_batch.job.units import (
     output_stem,
 )
 from erniem_batch.job.verify import verify
+
+
+@pytest.fixture(autouse=True)
+def no_page(monkeypatch):
+    """Charts take half a second."""
+    monkeypatch.setattr(run, "_page", lambda *_: "")
+
 
 LONG = "n" * 225
 ODD_NAMES = [

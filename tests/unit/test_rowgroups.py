@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fakes import letters_path, bad_utf8_strings, make_tagger, ner_config, write_parquet
+from fakes import bad_utf8_strings, letters_path, make_tagger, ner_config, write_parquet
 
 from erniem_batch import storage
 from erniem_batch.job import JobConfig, pages, rowgroups

@@ -7,7 +7,7 @@ import random
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fakes import letters_path, ADDED_SCHEMA, make_tagger, ner_config, write_bytes, write_jsonl
+from fakes import ADDED_SCHEMA, letters_path, make_tagger, ner_config, write_bytes, write_jsonl
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
