@@ -16,7 +16,7 @@ import os
 import re
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -443,11 +443,19 @@ def write_table(path: str, table: pa.Table) -> None:
         pq.write_table(table, file, compression="zstd")
 
 
-def write_tables(path: str, tables: Iterable[pa.Table]) -> None:
-    """The same from several tables of one schema, each a row group."""
+def write_tables(path: str, tables: Iterable[pa.Table], indexed: Sequence[str]) -> None:
+    """The same from several tables of one schema, each a row group.
+
+    Args:
+        indexed: columns with dictionaries and statistics, which take memory several times.
+    """
     tables = iter(tables)
     table = next(tables)
-    with new_file(path) as file, pq.ParquetWriter(file, table.schema, compression="zstd") as writer:
+    columns: dict[str, Any] = {"use_dictionary": indexed, "write_statistics": indexed}
+    with (
+        new_file(path) as file,
+        pq.ParquetWriter(file, table.schema, compression="zstd", **columns) as writer,
+    ):
         writer.write_table(table)
         for table in tables:
             writer.write_table(table)
