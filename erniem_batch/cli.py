@@ -443,6 +443,7 @@ def replay(
     address: str | None = None,
     max_dead_letters: str | None = None,
     unit_timeout: float | None = None,
+    max_row_bytes: int | None = None,
 ) -> int:
     """Work on the dead letters of a complete run once more.
 
@@ -457,6 +458,7 @@ def replay(
         address: Ray cluster to use. Default: as for ner.
         max_dead_letters: Rows that may remain, a number or a share. Default: as in the run.
         unit_timeout: Seconds without progress after which an actor is replaced.
+        max_row_bytes: Largest row of the input in bytes. Default: as in the run.
     """
     given = dict(locals())
     configure_logging()

@@ -19,7 +19,7 @@ import os
 import re
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -652,15 +652,19 @@ class Hashed:
         return self._digest.hexdigest()
 
 
-def write_tables(path: str, tables: Iterable[pa.Table]) -> None:
-    """The same from several tables of one schema, each a row group."""
+def write_tables(path: str, tables: Iterable[pa.Table], indexed: Sequence[str]) -> None:
+    """The same from several tables of one schema, each a row group.
+
+    Args:
+        indexed: columns with dictionaries and statistics, which take memory several times.
+    """
     tables = iter(tables)
     table = next(tables)
+    columns: dict[str, Any] = {"use_dictionary": indexed, "write_statistics": indexed}
+    columns |= {"compression": "zstd", "write_page_checksum": True}
     with (
         new_file(path) as file,
-        pq.ParquetWriter(
-            file, table.schema, compression="zstd", write_page_checksum=True
-        ) as writer,
+        pq.ParquetWriter(file, table.schema, **columns) as writer,
     ):
         writer.write_table(table)
         for table in tables:

@@ -6,6 +6,7 @@ and lose a whole file to one bad line.
 
 import json
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -38,8 +39,11 @@ LINE_WEIGHT = 512
 VALUE_WEIGHT = 64
 # Rows that are held together. A unit that is not larger has the types that hold all of its values.
 BLOCK_WEIGHT = 2 * CHUNK_BYTES
+# A row of more is held by one unit of a process at a time.
+LARGE_WEIGHT = BLOCK_WEIGHT // 2
 # Values in one row: each takes up to a hundred bytes of memory, and may be two bytes in the file.
 MAX_ROW_VALUES = 1_000_000
+_one_large_row = threading.Lock()
 VALUE_MARKS = np.frombuffer(b",[{", np.uint8)
 
 # The escape of half a character.
@@ -104,9 +108,9 @@ class _Block:
     weight: int = 0
     is_last: bool = False
 
-    def add(self, place: Place, reader: "UnitReader") -> None:
+    def add(self, place: Place, weight: int, reader: "UnitReader") -> None:
         """A line, read or refused."""
-        self.weight += _weight(place.line or b"")
+        self.weight += weight
         try:
             value = parse_line(place.line or b"")
             if reader.columns is None:
@@ -119,7 +123,14 @@ class _Block:
 
 def _weight(line: bytes) -> int:
     """An estimate of the memory of a line and its values."""
-    return LINE_WEIGHT + len(line) + VALUE_WEIGHT * _most_values(line)
+    return LINE_WEIGHT + len(line) * _width(line) + VALUE_WEIGHT * _most_values(line)
+
+
+def _width(line: bytes) -> int:
+    """Bytes that Python takes for a character of a string, at most; one wide one widens all."""
+    if b"\xf0" in line or SURROGATE.search(line):
+        return 4
+    return 1 if line.isascii() and b"\\u" not in line else 2
 
 
 def _most_values(line: bytes) -> int:
@@ -141,14 +152,20 @@ def _blocks(reader: "UnitReader", lines: Iterator[Place], unit: Unit | None) -> 
             break
         if place is None:
             break
-        if block.weight >= BLOCK_WEIGHT:
+        weight = _weight(place.line or b"")
+        if block.weight and block.weight + weight > BLOCK_WEIGHT:
             yield block
             block = _Block()
         if place.line is None:
             block.bad.append(_too_long(reader, unit, place, n_read))
-            block.weight += LINE_WEIGHT
+            block.weight += weight
+        elif weight > LARGE_WEIGHT:
+            with _one_large_row:
+                block.add(place, weight, reader)
+                yield block
+            block = _Block()
         else:
-            block.add(place, reader)
+            block.add(place, weight, reader)
         n_read += 1
         next_row = next_row if place.row is None else place.row + 1
     block.is_last = True

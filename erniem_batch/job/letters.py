@@ -52,6 +52,8 @@ LETTER_SCHEMA = pa.schema(
     ]
 )
 
+INDEXED = [name for name in LETTER_SCHEMA.names if name != "line"]
+
 
 def letters_name(output: str, attempt: str = "") -> str:
     """Where the dead letters of an output are, in the output folder.
@@ -97,7 +99,8 @@ def write_letters(
         while following is not None:
             group, following = following, next(groups, None)
             written += one.add(_table(unit, group, attempts, model, source), False)
-        storage.write_tables(storage.join(folder, name), chain(written, one.rest()))
+        path = storage.join(folder, name)
+        storage.write_tables(path, chain(written, one.rest()), INDEXED)
 
 
 def _table(

@@ -83,16 +83,16 @@ def write_shard(path: Path, gigabytes: float) -> None:
 def write_bombs(folder: Path) -> None:
     """Small files that stand for gigabytes, and rows just below and above the limits."""
     _write_lines(folder / "one-line.jsonl.gz", [_line(b"x", 600 << 20)])
-    _write_lines(folder / "below.jsonl.gz", [_line(b"x", 60 << 20)] * 8)
+    _write_lines(folder / "below.jsonl.gz", [_line(b"x", 60 << 20)] * 4)
     wide = _line(b"x", 60 << 20).replace(b'"x', '"😀x'.encode(), 1)
-    _write_lines(folder / "wide.jsonl.gz", [wide] * 8)
-    _write_lines(folder / "long-text.jsonl.gz", [_line(b"word ", 60 << 20, b"text")] * 4)
-    _write_lines(folder / "text.jsonl.gz", [_line(b"word ", 4_000_000, b"text")] * 4)
+    _write_lines(folder / "wide.jsonl.gz", [wide] * 4)
+    _write_lines(folder / "long-text.jsonl.gz", [_line(b"word ", 60 << 20, b"text")] * 2)
+    _write_lines(folder / "text.jsonl.gz", [_line(b"word ", 4_000_000, b"text")] * 2)
     _write_lines(
         folder / "lists.jsonl.gz", [b'{"text": "a", "v": [' + b"[]," * 20_000_000 + b"1]}"]
     )
     many = b'{"text": "a", "v": [' + b"[]," * 450_000 + b"1]}"
-    _write_lines(folder / "many.jsonl.gz", [many] * 50)
+    _write_lines(folder / "many.jsonl.gz", [many] * 4)
     _write_lines(
         folder / "bad.jsonl.gz", [b'{"text": null, "v": "' + b"x" * 100_000 + b'"}'] * 10_000
     )
