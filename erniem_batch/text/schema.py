@@ -112,6 +112,12 @@ def read_schema(given: str, *, may_split: bool = True) -> Any:
         raise ConfigError(f"--schema {given}: {error}") from None
 
 
+def is_structured(text: str) -> bool:
+    """Whether a schema text is JSON or YAML, and not only names with commas between them."""
+    bare = text.strip()
+    return bare[:1] in ("[", "{") or "\n" in bare
+
+
 @lru_cache(maxsize=4096)
 def schema_of_text(text: str, may_split: bool = True) -> Any:
     """A schema written as text: JSON, YAML, or names with commas between them.
@@ -119,7 +125,7 @@ def schema_of_text(text: str, may_split: bool = True) -> Any:
     Raises:
         ConfigError: neither.
     """
-    if text.lstrip()[:1] in ("[", "{") or "\n" in text.strip():
+    if is_structured(text):
         try:
             return _parse_text(text)
         except ValueError as error:
