@@ -127,7 +127,6 @@ def make_api(
         for backend in backends.values():
             await backend.start()
         await service.learn_tasks()
-        api.openapi()  # made once, and not while others wait
         yield
         for backend in backends.values():
             await backend.close()

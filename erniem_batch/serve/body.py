@@ -24,6 +24,7 @@ from erniem_batch.serve.config import AppConfig
 from erniem_batch.serve.engine import Refusal
 from erniem_batch.serve.limits import (
     MAX_CLAIM_CHARACTERS,
+    MAX_COUNT,
     MAX_FIELDS,
     MAX_OPTION_CHARACTERS,
     MAX_SCHEMA_CHARACTERS,
@@ -268,7 +269,11 @@ def read_schemas(value: Any, config: AppConfig) -> None:
             n_yaml += len(text) if is_structured(text) and not _is_json(text) else 0
             _require_most(n_yaml, MAX_YAML_CHARACTERS, " of YAML", param)
             read[text] = _read_schema(text, param)
-        n_names += sum(1 for _ in _strings(read[text]))
+        n = sum(1 for _ in _strings(read[text]))
+        if n > MAX_COUNT:
+            message = f"{n} names; at most {MAX_COUNT}"
+            raise Refuse(Refusal(422, "invalid_request", message, param))
+        n_names += n
         if n_names > config.max_values:
             message = f"schemas of more than {config.max_values} names together"
             raise Refuse(Refusal(413, "too_many_values", message, param))

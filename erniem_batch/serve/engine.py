@@ -44,6 +44,8 @@ T = TypeVar("T")
 TEXT_THREADS = 2
 # Characters of a text that is read on the event loop itself.
 SMALL_TEXT = 1000
+# Tokens of windows whose rows are decoded there.
+SMALL_TOKENS = 300
 # Sets of options that requests have brought, kept ready.
 MAX_OPTION_SETS = 256
 # A first pass that takes longer never ends: then Serve tries with another process.
@@ -249,6 +251,8 @@ class Engine:
         step = partial(self._directly if _is_small(ask) else self._in_thread, _next, predictor)
         with _Clock(timing, "tokenize"):
             windows, results = await step(rounds, None)
+        if sum(len(window.ids) for window in windows) > SMALL_TOKENS:
+            step = partial(self._in_thread, _next, predictor)
         accepted = False
         while results is None:  # once, unless the task has follow-up questions
             rows = await self._rows(ask.task, windows, timing, accepted)

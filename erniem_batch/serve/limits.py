@@ -30,7 +30,7 @@ MAX_CLAIM_CHARACTERS = 1_048_576
 # All schemas that are written as text, each distinct one once.
 MAX_SCHEMA_CHARACTERS = 65_536
 # Those of them that are YAML, which takes a thousand times as long as JSON.
-MAX_YAML_CHARACTERS = 16_384
+MAX_YAML_CHARACTERS = 8_192
 
 # ---- what runs on the event loop ----------------------------------------------------------------
 

@@ -54,8 +54,22 @@ def _whole(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_whole)]
-Template = Annotated[Text, Field(max_length=MAX_TEMPLATE_CHARACTERS)]
-Name = Annotated[Text, Field(max_length=MAX_NAME_CHARACTERS)]
+
+
+def _all_whole(texts: list[str]) -> list[str]:
+    """The same for a list, in one step: a call for each of ten thousand takes too long."""
+    _whole("\n".join(texts))
+    return texts
+
+
+Template = Annotated[str, Field(max_length=MAX_TEMPLATE_CHARACTERS)]
+Name = Annotated[str, Field(max_length=MAX_NAME_CHARACTERS)]
+Names = Annotated[list[Name], Field(fail_fast=True, min_length=1, max_length=MAX_COUNT),
+                  AfterValidator(_all_whole)]  # fmt: skip
+Templates = Annotated[list[Template], Field(fail_fast=True, max_length=MAX_COUNT),
+                      AfterValidator(_all_whole)]  # fmt: skip
+Texts = Annotated[list[str], Field(fail_fast=True, min_length=1), AfterValidator(_all_whole)]
+Choices = Annotated[Texts, Field(max_length=MAX_COUNT)]
 
 
 def _scores(value: Any) -> Any:
@@ -66,10 +80,8 @@ def _scores(value: Any) -> Any:
         table = tables.pop()
         if not isinstance(table, dict):
             continue
-        if len(table) > MAX_COUNT:
-            raise ValueError(f"{len(table)} names; at most {MAX_COUNT}")
-        for name, score in table.items():
-            _check_name(name)
+        _check_names(list(table))
+        for score in table.values():
             if isinstance(score, dict) and table is value:
                 tables.append(score)
             elif isinstance(score, bool) or not isinstance(score, int | float):
@@ -79,10 +91,13 @@ def _scores(value: Any) -> Any:
     return value
 
 
-def _check_name(name: str) -> None:
-    if len(name) > MAX_NAME_CHARACTERS:
-        raise ValueError(f"a name of {len(name)} characters; at most {MAX_NAME_CHARACTERS}")
-    _whole(name)
+def _check_names(names: list[str]) -> None:
+    if len(names) > MAX_COUNT:
+        raise ValueError(f"{len(names)} names; at most {MAX_COUNT}")
+    longest = max(map(len, names), default=0)
+    if longest > MAX_NAME_CHARACTERS:
+        raise ValueError(f"a name of {longest} characters; at most {MAX_NAME_CHARACTERS}")
+    _all_whole(names)
 
 
 MinScore = Annotated[Score | dict[str, Score | dict[str, Score]], BeforeValidator(_scores)]
@@ -95,11 +110,7 @@ def _schema(value: Any) -> Any:
         read = schema_of_text(value) if isinstance(value, str) else value
     except ConfigError:
         raise ValueError("text must be JSON, YAML or names with commas between them") from None
-    names = list(_names_of(read))
-    if len(names) > MAX_COUNT:
-        raise ValueError(f"{len(names)} names; at most {MAX_COUNT}")
-    for name in names:
-        _check_name(name)
+    _check_names(list(_names_of(read)))
     return [read] if isinstance(read, str) else read
 
 
@@ -111,6 +122,8 @@ def _names_of(value: Any) -> Iterator[str]:
             raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
         if isinstance(part, str):
             yield part
+        elif isinstance(part, list) and depth < MAX_DEPTH and set(map(type, part)) == {str}:
+            yield from part
         elif isinstance(part, list):
             waiting += [(item, depth + 1) for item in part]
         elif isinstance(part, dict):
@@ -125,15 +138,12 @@ Schema = Annotated[str | list[Any] | dict[str, Any], AfterValidator(_schema)]
 # What the command line reads from files and from text is given in full here: a server opens no file
 # because a request names it.
 ONLINE_TYPES: dict[str, Any] = {
-    "hypothesis_template": Template,
-    "prefix": Template,
+    "hypothesis_template": Annotated[Template, AfterValidator(_whole)],
+    "prefix": Annotated[Template, AfterValidator(_whole)],
     "min_score": MinScore | None,
     "schema": Schema | None,
-    "candidate_labels": Annotated[
-        list[Name], Field(fail_fast=True, min_length=1, max_length=MAX_COUNT)
-    ]
-    | None,
-    "question_template": Annotated[list[Template], Field(fail_fast=True, max_length=MAX_COUNT)],
+    "candidate_labels": Names | None,
+    "question_template": Templates,
     "top_k": Count,
     "max_answer_tokens": Count,
     "dimensions": Count | None,
@@ -214,7 +224,7 @@ class ChooseItem(Item):
     """A premise and its choices."""
 
     premise: Text
-    choices: Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=MAX_COUNT)]
+    choices: Choices
     question: Text | None = Field(None, description="Such as cause or effect.")
 
 
@@ -440,7 +450,7 @@ RESPONSES = {task: _response_model(task) for task in TASKS}
 class EmbeddingsRequest(Message):
     """As OpenAI's, for texts; token ids are those of other models, so are not taken."""
 
-    input: Text | Annotated[list[Text], Field(fail_fast=True, min_length=1)]
+    input: Text | Texts
     model: Model = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Count | None = None

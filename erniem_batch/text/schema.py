@@ -21,12 +21,15 @@ from erniem_batch import storage
 from erniem_batch.errors import ConfigError
 
 MAX_DEPTH = 16
+# Brackets of YAML that are open at once, those in quoted names included.
+MAX_BRACKETS = 100
 
 # Full-width forms are asked for by their ASCII twins, as the models were trained.
 _HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 # PARITY: Taskflow leaves the ideographic space alone, though it means to replace it.
 _ASCII = {**_HALF_WIDTH, 0x3000: 0x20}
 
+_BRACKET = re.compile(r"[\[\]{}]")
 _MARK = re.compile(r"[,，\[［\]］]")
 
 
@@ -169,6 +172,7 @@ def _parse_text(text: str) -> Any:
         try:
             return json.loads(text)
         except ValueError:
+            _check_brackets(text)
             return _without_empty(yaml.load(text, Loader=_PlainLoader))
     except RecursionError:
         raise ValueError(f"nested more than {MAX_DEPTH} levels deep") from None
@@ -176,6 +180,16 @@ def _parse_text(text: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ValueError(f"neither JSON nor YAML{where}") from None
+
+
+def _check_brackets(text: str) -> None:
+    """Raises a RecursionError if more brackets are open than any schema has. The YAML loader would
+    take seconds to find that out."""
+    depth = 0
+    for match in _BRACKET.finditer(text):
+        depth += 1 if match.group() in "[{" else -1
+        if depth > MAX_BRACKETS:
+            raise RecursionError
 
 
 class _PlainLoader(yaml.BaseLoader):  # type: ignore[misc]

@@ -51,7 +51,7 @@ def old_question(name: str, parent: str) -> str:
     return f"{name} of {parent}"
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(NASTY)
 def test_brackets_and_commas_mean_what_they_meant(text: str) -> None:
     assert list(split_names(text)) == COMMA_OUTSIDE.split(text)
@@ -71,14 +71,14 @@ N = 20_000
 
 
 def seconds(function: Callable[[Any], Any], value: Any) -> float:
-    """The shortest of several runs."""
+    """CPU time of the shortest of several runs."""
 
     def runs() -> Iterator[float]:
         for _ in range(3):
-            started = time.perf_counter()
+            started = time.thread_time()  # which other processes do not change
             with suppress(ConfigError):
                 function(value)
-            yield time.perf_counter() - started
+            yield time.thread_time() - started
 
     return min(runs())
 
@@ -118,7 +118,7 @@ GROWTH: dict[str, tuple[Callable[[Any], Any], Callable[[int], Any]]] = {
 def test_ten_times_the_size_takes_about_ten_times_as_long(kind: str) -> None:
     function, make = GROWTH[kind]
     short, long = (seconds(function, make(n)) for n in (N // 10, N))
-    assert long < max(MOST * short, 0.05), f"{short:.4f} s, then {long:.4f} s"
+    assert long < max(MOST * short, 0.2), f"{short:.4f} s, then {long:.4f} s"
 
 
 def test_yaml_grows_as_its_text_does() -> None:
