@@ -1,8 +1,8 @@
-"""Random bodies against the web application: no fault, no traceback, no wrong status, no wrong answer.
+"""Random bodies against the web application: no fault, no traceback, no wrong status or answer.
 
     python -m tests.fault.fuzz_http --bodies 100000 --seed 1 [--serve]
 
-One body in twenty is made by schemathesis from the OpenAPI document; the others by a grammar that
+One body in fifty is made by schemathesis from the OpenAPI document; the others by a grammar that
 knows the fields and options of each task from the same document, and what people write into them.
 The application is the real one, over real engines and tiny models; with --serve it is
 `erniem-batch serve` on this machine, behind Ray's proxy. Body N of a seed is always the same:
@@ -46,7 +46,7 @@ LIMITS = {"max_body_bytes": 65_536, "max_items": 8, "max_values": 600,
           "max_text_characters": 3000, "max_characters": 6000}  # fmt: skip
 # Stands in texts and names that are sent, and must come back in no error and no log line.
 MARK = "qzMARKqz"
-OF_SCHEMATHESIS = 0.05
+OF_SCHEMATHESIS = 0.02
 AT_A_TIME = 8
 # After so many bodies, honest requests are asked and must get what they always get.
 HONEST_EVERY = 1000
@@ -68,8 +68,10 @@ TEXTS = [
     *("../a.json", "s3://a/b.yaml", "\ufeff", "\r\nX: 1", "\x1b[31m", "1e400", "No", "1:8"),
 ]
 NUMBERS = [0, 1, -1, 2, 7, 0.5, 1.0, 0.999, 1e-9, 1.5, 10_000, 10_001, 2**63, 10**30, -0.0, 1e308]
-RAW = ["NaN", "-Infinity", "1e400", "9" * 5000, "0x1", "01", "'a'", "tru", "{", "]", '"\\ud800"',
-       '"\\ud83d\\ude00"', '"\\u0000"', "[" * 2000, '{"a":' * 700, '"\\x"', "1.", "/**/1"]  # fmt: skip
+RAW = [
+    *("NaN", "-Infinity", "1e400", "9" * 5000, "0x1", "01", "'a'", "tru", "{", "]", "1.", "/**/1"),
+    *('"\\ud800"', '"\\ud83d\\ude00"', '"\\u0000"', '"\\x"', "[" * 2000, '{"a":' * 700),
+]
 
 
 def text_of(r: Random) -> str:
@@ -261,7 +263,7 @@ class Judge:
             yield f"400 for JSON: {answer.text[:200]}"
         if status not in (400, 413) and not is_json:
             yield f"{status} for what is no JSON"
-        if status == 200:
+        elif status == 200:
             yield from self._faults_of_results(sent, value, answer.json())
         else:
             yield from _faults_of_error(answer)
@@ -269,6 +271,7 @@ class Judge:
     def _faults_of_results(self, sent: Sent, value: Any, answer: Any) -> Iterator[str]:
         if error := next(self._bodies[sent.path].iter_errors(value), None):
             yield f"200 for what the document forbids: {error.message[:200]}"
+            return
         if sent.path == "/v1/embeddings":
             inputs = value["input"]
             n = 1 if isinstance(inputs, str) else len(inputs)
@@ -280,8 +283,11 @@ class Judge:
         wanted = [str(i) if item.get("id") is None else item["id"] for i, item in enumerate(items)]
         if [result["id"] for result in answer["results"]] != wanted:
             yield "not a result for each item"
-        if value.get("options", {}).get("offset_unit", "codepoint") != "codepoint":
+        options = value.get("options", {})
+        if options.get("offset_unit", "codepoint") != "codepoint":
             return
+        if options.get("aggregation_strategy") == "none":
+            return  # the text of an entity is its token
         for item, result in zip(items, answer["results"], strict=False):
             if "error" in result and MARK in str(result["error"]):
                 yield f"the error of an item repeats the request: {result['error']}"
