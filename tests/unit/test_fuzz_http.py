@@ -2,7 +2,6 @@
 would see what is wrong."""
 
 import asyncio
-import json
 from typing import Any
 
 import httpx
@@ -24,12 +23,12 @@ def document(service_dir) -> dict[str, Any]:
 def test_a_short_fuzz_finds_nothing(service_dir) -> None:
     async def run() -> Any:
         async with in_this_process(service_dir) as client:
-            return await fuzz(client, 300, seed=2)
+            return await fuzz(client, 160, seed=2)
 
     found = asyncio.run(run())
     assert not found.wrong
     assert {"200", "400 invalid_json", "422 invalid_request"} <= set(found.statuses)
-    assert found.statuses.total() > 250
+    assert found.statuses.total() > 120
 
 
 def result(**changes: Any) -> dict[str, Any]:
@@ -69,18 +68,18 @@ def test_what_is_wrong_is_seen(document, body, status, answer, fault) -> None:
 
 
 def test_a_fault_of_the_service_is_found(service_dir, monkeypatch) -> None:
-    """One text in many makes the service fail."""
+    """Some of the texts make the service fail."""
     encode = Predictor.encode
 
     def fail(self: Predictor, records: Any) -> Any:
-        if any("北" in json.dumps(record.text, ensure_ascii=False) for record in records):
+        if any("qz" in str(record.text) for record in records):
             raise ZeroDivisionError
         return encode(self, records)
 
     async def run() -> Any:
         async with in_this_process(service_dir) as client:
             monkeypatch.setattr(Predictor, "encode", fail)
-            return await fuzz(client, 150, seed=3)
+            return await fuzz(client, 60, seed=3)
 
     wrong = asyncio.run(run()).wrong
     assert any("status 500" in line and "ZeroDivisionError" in line for line in wrong)
