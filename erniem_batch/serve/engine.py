@@ -338,7 +338,7 @@ def _is_small(ask: Ask) -> bool:
     """Whether its text takes less time to read than another thread takes to begin: half a
     millisecond on the event loop harms nobody."""
     is_plain = ask.task in ("ner", "classify", "embed") and "candidate_labels" not in ask.options
-    if not is_plain or len(ask.items) > 1:
+    if not is_plain or len(ask.items) != 1:
         return False
     given = (ask.items[0]["text"], *ask.items[0]["fields"].values(), ask.options.get("prefix"))
     texts = [text for text in given if isinstance(text, str)]

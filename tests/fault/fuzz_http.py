@@ -363,7 +363,9 @@ async def fuzz(client: httpx.AsyncClient, n: int, seed: int, first: int = 0) -> 
                 found.wrong.append(f"{sent.number} {sent.path}: no answer: {error!r}")
                 continue
             found.slowest = max(found.slowest, (time.monotonic() - started, sent.number))
-            found.wrong += [f"{sent.number} {sent.path}: {f}" for f in judge.faults(sent, answer)]
+            for fault in judge.faults(sent, answer):
+                found.wrong.append(f"{sent.number} {sent.path}: {fault}")
+                print(found.wrong[-1], sent.content[:300], file=sys.stderr)
             code = "" if answer.status_code == 200 else answer.json().get("error", {}).get("code")
             found.statuses[f"{answer.status_code} {code}".strip()] += 1
             if found.statuses.total() % HONEST_EVERY:

@@ -290,6 +290,19 @@ def test_limits_of_requests_can_be_set(loaded: Engine) -> None:
     asyncio.run(test())
 
 
+def test_no_item_is_no_fault(loaded: Engine) -> None:
+    """Found by the fuzz."""
+
+    async def test() -> None:
+        async with client_of(loaded) as client:
+            for path in PLAIN:
+                name = "input" if path == "/v1/embeddings" else "inputs"
+                answer = await ask(client, path, json.dumps({name: []}).encode())
+                assert answer.status_code == (422 if name == "input" else 200)
+
+    asyncio.run(test())
+
+
 def test_a_body_has_to_be_utf_8() -> None:
     """A mark of the byte order may stand before it."""
     config = AppConfig()
