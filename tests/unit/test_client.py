@@ -284,6 +284,8 @@ def test_text_that_is_none_spoils_no_request(told: Told) -> None:
         (1, 422, "encode_failed", "inputs.0", True),
         (1, 500, "forward_failed", "inputs.0", True),
         (1, 413, "body_too_large", None, True),
+        (1, 413, "too_many_characters", None, True),
+        (1, 413, "text_too_long", "inputs.0", True),
         (1, 422, "invalid_option", "options", False),
         (1, 422, "invalid_request", "inputs.0.text", False),
         (2, 413, "body_too_large", None, False),
