@@ -258,6 +258,8 @@ PARTS: dict[str, type[Any]] = {
 R = TypeVar("R", bound=Result)
 # What reading JSON of another form than expected raises.
 MISREAD = (AttributeError, KeyError, TypeError, ValueError)
+# Codes of refusals that say nothing of an item, and are about the only one there is.
+TOO_LARGE = ("body_too_large", "too_many_values", "too_many_characters")
 
 
 def _made(cls: Any, values: Mapping[str, Any]) -> Any:
@@ -335,7 +337,7 @@ class _Call(Generic[R]):
 
 def _is_of_the_item(error: ServiceError, place: int) -> bool:
     """Whether a refused request would have been an error of its only item among others."""
-    return error.param == f"inputs.{place}" or error.code == "body_too_large"
+    return error.param == f"inputs.{place}" or error.code in TOO_LARGE
 
 
 def _refusal(response: httpx.Response, first: int = 0) -> ServiceError:

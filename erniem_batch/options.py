@@ -115,6 +115,7 @@ class ClassifyOptions(Options):
         candidate_labels: Zero-shot: labels to choose from, comma-separated; needs a model with an
             entailment label.
         hypothesis_template: Zero-shot: what a label claims of the text; {} stands for the label.
+            There are no other braces in it.
         multi_label: Zero-shot: score each label by itself; several may be true.
     """
 
@@ -145,8 +146,12 @@ class ClassifyOptions(Options):
             raise ConfigError("multi_label goes with candidate_labels (zero-shot)")
         if self.candidate_labels is not None and not self.labels:
             raise ConfigError("candidate_labels must name at least one label")
-        if "{}" not in self.hypothesis_template:
-            raise ConfigError("hypothesis_template must have a place {} for the label")
+        given = self.hypothesis_template
+        if [given.count(mark) for mark in ("{}", "{", "}")] != [1, 1, 1]:
+            raise ConfigError(
+                "hypothesis_template must have a place {} for the label: exactly one, and no other "
+                "braces"
+            )
 
     @property
     def labels(self) -> list[str]:
@@ -182,9 +187,11 @@ class ChooseOptions(Options):
         self._choice("pooling", ("mean", "max", "first"))
         self._min_score()
         for given in self.question_template:
-            if "=" not in given or "{premise}" not in given:
+            template = given.partition("=")[2]
+            if template.count("{premise}") != 1 or template.count("{question}") > 1:
                 raise ConfigError(
-                    "question_template must be VALUE=TEMPLATE, with {premise} in TEMPLATE"
+                    "question_template must be VALUE=TEMPLATE, with {premise} in TEMPLATE, exactly "
+                    "once, and {question} at most once"
                 )
 
 

@@ -3,12 +3,14 @@
 Errors of all kinds have one form, that of the OpenAI API, and never repeat what was sent.
 """
 
+import asyncio
 import base64
 import logging
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -25,8 +27,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from erniem_batch import __version__
 from erniem_batch.errors import fault_of
 from erniem_batch.options import OPTIONS, TASKS
+from erniem_batch.serve.body import INVALID_JSON, bounded_route
+from erniem_batch.serve.body import Refuse as Refuse
 from erniem_batch.serve.config import AppConfig
 from erniem_batch.serve.engine import Ask, Refusal, Served
+from erniem_batch.serve.fields import known_place, unknown_field
+from erniem_batch.serve.limits import MAX_REQUEST_ID
 from erniem_batch.serve.messages import (
     EXAMPLES,
     REQUESTS,
@@ -55,7 +61,6 @@ PAGE_HEADERS = {
 TIMEOUT_HEADER = "x-request-timeout-seconds"
 # Of the time that a caller, or the proxy for it, gives: so much is ours, the rest is for the way.
 OUR_SHARE = 0.9
-MAX_REQUEST_ID = 128
 # pydantic speaks of Python where JSON is meant.
 WORDS = {
     "model_type": "Input should be an object",
@@ -64,7 +69,9 @@ WORDS = {
     "list_type": "Input should be a list",
     "string_unicode": "Input should be text without halves of surrogate pairs",
 }
-KINDS = {"bool", "dict", "float", "int", "list", "str"}
+# Values of an answer that the event loop itself writes as JSON; and values in one piece of others.
+SHORT_ANSWER = 2_000
+WRITTEN_AT_ONCE = 500
 UNANSWERED = 499  # the client went away before
 ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 REFUSALS: dict[int | str, dict[str, Any]] = {
@@ -209,20 +216,15 @@ class _Service:
         return min(ours, OUR_SHARE * asked) if asked > 0 else ours
 
 
-class Refuse(Exception):
-    """Ends a request with a refusal."""
-
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(refusal.code)
-        self.refusal = refusal
-
-
 # ---- models -------------------------------------------------------------------------------------
 
 
 def _models_router(service: _Service) -> APIRouter:
     router = APIRouter(
-        prefix="/v1", dependencies=[Depends(service.require_token)], responses=REFUSALS
+        prefix="/v1",
+        dependencies=[Depends(service.require_token)],
+        responses=REFUSALS,
+        route_class=bounded_route(service.config),
     )
     for task in TASKS:
         _add_task(router, service, task)
@@ -235,13 +237,15 @@ def _models_router(service: _Service) -> APIRouter:
         options = {} if body.dimensions is None else {"dimensions": body.dimensions}
         name, served = await service.answer(request, "embed", body.model, items, options)
         _require_all(served)
-        return _json(_openai_embeddings(name, served, body.encoding_format), served)
+        make = partial(_openai_embeddings, name, served, body.encoding_format)
+        return await _answer(make, served)
 
     @router.get("/models", response_model=ModelList, tags=["models"])
     async def models() -> Response:
         """What is served here."""
         cards = [await backend.card() for backend in service.backends.values()]
-        return _json({"object": "list", "data": [{"object": "model", **card} for card in cards]})
+        content = {"object": "list", "data": [{"object": "model", **card} for card in cards]}
+        return Response(to_json(content), media_type="application/json")
 
     return router
 
@@ -258,7 +262,8 @@ def _add_task(router: APIRouter, service: _Service, task: str) -> None:
         if len(items) == 1:  # of several, each has its own result or error
             _require_all(served)
         usage = {"n_tokens": served.n_tokens, "n_windows": served.n_windows}
-        return _json({"model": name, "results": served.results, "usage": usage}, served)
+        content = {"model": name, "results": served.results, "usage": usage}
+        return await _answer(lambda: content, served)
 
     route.__name__ = task
     route.__doc__ = (OPTIONS[task].__doc__ or "").partition("\n")[0]
@@ -291,13 +296,41 @@ def _openai_embeddings(name: str, served: Served, encoding: str) -> dict[str, An
     }
 
 
-def _json(content: Any, served: Served | None = None) -> Response:
-    headers = {}
-    if served is not None:
-        timing = served.timing
-        spent = {name: getattr(timing, name) for name in timing.__slots__}
-        headers["Server-Timing"] = ", ".join(f"{n};dur={1000 * s:.1f}" for n, s in spent.items())
-    return Response(to_json(content), media_type="application/json", headers=headers)
+async def _answer(make: Callable[[], dict[str, Any]], served: Served) -> Response:
+    """The answer that `make` gives, as JSON. A thread writes a long one."""
+    if _n_values(served) <= SHORT_ANSWER:
+        content = to_json(make())
+    else:
+        content = await asyncio.to_thread(lambda: json_in_pieces(make()))
+    timing = served.timing
+    spent = {name: getattr(timing, name) for name in timing.__slots__}
+    told = ", ".join(f"{name};dur={1000 * s:.1f}" for name, s in spent.items())
+    return Response(content, media_type="application/json", headers={"Server-Timing": told})
+
+
+def _n_values(served: Served) -> int:
+    values = (value for result in served.results for value in result.values())
+    return sum(len(value) if isinstance(value, list | str) else 1 for value in values)
+
+
+def json_in_pieces(value: dict[str, Any]) -> bytes:
+    """JSON of an answer, whose lists are written some items at a time: Python's lock is held
+    meanwhile, and the event loop stands still."""
+    return b"{" + b",".join(to_json(k) + b":" + _piece(v) for k, v in value.items()) + b"}"
+
+
+def _piece(value: Any) -> bytes:
+    if not isinstance(value, list):
+        return json_in_pieces(value) if isinstance(value, dict) else to_json(value)
+    if any(_has_lists(item) for item in value[:WRITTEN_AT_ONCE]):
+        return b"[" + b",".join(map(_piece, value)) + b"]"
+    starts = range(0, len(value), WRITTEN_AT_ONCE)
+    pieces = (to_json(value[at : at + WRITTEN_AT_ONCE])[1:-1] for at in starts)
+    return b"[" + b",".join(pieces) + b"]"
+
+
+def _has_lists(item: Any) -> bool:
+    return isinstance(item, dict) and any(isinstance(v, list) for v in item.values())
 
 
 # ---- health and page ----------------------------------------------------------------------------
@@ -352,7 +385,7 @@ def _file(path: Path) -> Callable[[], Awaitable[Response]]:
 
 async def _on_error(request: Request, error: Exception) -> Response:
     """Every error in the one form."""
-    refusal = _refusal_of(error)
+    refusal = _refusal_of(error, _route_of(request.scope))
     body = {
         "message": refusal.message,
         "type": ERROR_TYPES.get(
@@ -379,33 +412,37 @@ async def _send_error(error: Exception, scope: Scope, receive: Receive, send: Se
     await response(scope, receive, send)
 
 
-def _refusal_of(error: Exception) -> Refusal:
+def _route_of(scope: Scope) -> str:
+    """The path of the route, which has nothing of what a client sent in it."""
+    return str(getattr(scope.get("route"), "path", "other"))
+
+
+def _refusal_of(error: Exception, path: str) -> Refusal:
     if isinstance(error, Refuse):
         return error.refusal
     if isinstance(error, RequestValidationError):
-        return _invalid(error)
+        return _invalid(error, path)
     if isinstance(error, HTTPException):
         codes = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}
         return Refusal(error.status_code, codes.get(error.status_code, "http"), str(error.detail))
     return Refusal(500, "fault", fault_of(error))
 
 
-def _invalid(error: RequestValidationError) -> Refusal:
+def _invalid(error: RequestValidationError, path: str) -> Refusal:
     """The first thing that is wrong, and where; never what came."""
     first = error.errors()[0]
     if first["type"] == "json_invalid":
-        return Refusal(400, "invalid_json", "the body must be JSON, in UTF-8")
-    place = [str(part) for part in first["loc"] if part != "body" and not _is_kind(part)]
+        return INVALID_JSON
+    sent = [part for part in first["loc"] if part != "body"]
+    if first["type"] == "extra_forbidden":
+        message, place = unknown_field(path, sent)
+    else:
+        message, place = WORDS.get(first["type"], first["msg"]), known_place(path, sent)
     more = len(error.errors()) - 1
-    message = WORDS.get(first["type"], first["msg"]) + (f" (and {more} more)" if more else "")
-    if not place:
+    message += f" (and {more} more)" if more else ""
+    if not sent:
         message = f"the body must be a JSON object with Content-Type: application/json. {message}"
     return Refusal(422, "invalid_request", message, ".".join(place)[:200] or None)
-
-
-def _is_kind(part: str | int) -> bool:
-    """Whether a part of a place is no field, but which of several types was tried."""
-    return isinstance(part, str) and (part in KINDS or not part.isidentifier())
 
 
 def _request_id(request: Request) -> str | None:
@@ -451,8 +488,9 @@ class _Gate:
             await send(message)
 
         try:
-            if declared.isdigit() and int(declared) > self._max:
-                n_bytes = int(declared)
+            # Python reads no number of thousands of digits.
+            if declared.isdigit() and (len(declared) > 18 or int(declared) > self._max):
+                n_bytes = self._max + 1
             else:
                 await self._app(scope, counted, noted)
             if n_bytes > self._max:
@@ -464,9 +502,7 @@ class _Gate:
             status = 500
             await _send_error(error, scope, receive, send)
         finally:
-            route = scope.get("route")
-            path = getattr(route, "path", "other")
-            self._watch(path, status, time.perf_counter() - started)
+            self._watch(_route_of(scope), status, time.perf_counter() - started)
 
     def _too_large(self) -> Refusal:
         message = f"the body is larger than {self._max} bytes: send less at a time"

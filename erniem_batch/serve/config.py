@@ -127,6 +127,11 @@ class AppConfig(Strict):
         request_timeout_s: after so long a request is answered by 504.
         max_body_bytes: larger requests are answered by 413.
         max_items: of one request.
+        max_values: JSON values of one request (numbers, texts, lists, objects …), counted before
+            they are parsed. Above these limits and the next two, the answer is 413 as well.
+        max_text_characters: of one text, after normalisation (NFKC), which makes some characters
+            up to 18 times as long.
+        max_characters: of all texts of a request, options and names included, counted likewise.
         tokens: SHA-256, in hex, of each bearer token that is let in; none: everybody is. More come
             from the environment variable ERNIEM_BATCH_TOKENS and from `tokens_file`.
         tokens_file: such hashes, one a line; what stands behind a hash, or
@@ -143,6 +148,9 @@ class AppConfig(Strict):
     request_timeout_s: Annotated[float, Field(gt=0)] = 60
     max_body_bytes: Positive = 4 << 20
     max_items: Positive = 1024
+    max_values: Positive = 32_768
+    max_text_characters: Positive = 262_144
+    max_characters: Positive = 4 << 20
     tokens: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...] = ()
     tokens_file: str | None = None
     cors_origins: tuple[str, ...] = ()

@@ -20,7 +20,7 @@ from ray.serve.handle import DeploymentHandle
 from erniem_batch.serve.api import Refuse, make_api
 from erniem_batch.serve.config import MAX_ONGOING_REQUESTS, AppConfig, Autoscaling, ModelConfig
 from erniem_batch.serve.engine import Ask, Engine, Refusal, Served
-from erniem_batch.serve.memory import Trimmer
+from erniem_batch.serve.memory import Trimmer, keep_for_good
 from erniem_batch.serve.metrics import BatchMetrics, RequestMetrics
 from erniem_batch.serve.receive import OnlyTheBody
 from erniem_batch.terminal import PrintableFilter
@@ -55,6 +55,7 @@ class MeteredEngine(Engine):
         self._trimmer = Trimmer()
         self.on_batch = self._metrics = BatchMetrics(self.config.name, await self.card(), budgets)
         await super().start()
+        keep_for_good()
 
     def check(self) -> None:
         # Serve asks every few seconds: what waits is told even when no pass runs any more.
@@ -178,6 +179,7 @@ class HttpServer:
         # Serve runs its lifespan, which starts the engines, before it calls the replica ready.
         api = make_api(self._config, self._backends, RequestMetrics())
         api.add_middleware(OnlyTheBody)
+        api.openapi()  # made once, and not when the first client asks while others wait
         return api
 
     def check_health(self) -> None:

@@ -32,7 +32,9 @@ from erniem_batch.serve.batcher import (
     QueueFullError,
 )
 from erniem_batch.serve.config import ModelConfig
+from erniem_batch.serve.limits import SMALL_OPTIONS
 from erniem_batch.serve.models import load_predictors, model_folders
+from erniem_batch.text.length import normal_length
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,8 @@ T = TypeVar("T")
 TEXT_THREADS = 2
 # Characters of a text that is read on the event loop itself.
 SMALL_TEXT = 1000
+# Tokens of windows whose rows are decoded there.
+SMALL_TOKENS = 300
 # Sets of options that requests have brought, kept ready.
 MAX_OPTION_SETS = 256
 # A first pass that takes longer never ends: then Serve tries with another process.
@@ -240,13 +244,15 @@ class Engine:
 
     async def _answer(self, ask: Ask) -> Served:
         timing = Timing()
-        predictor = self._predictor(ask.task, ask.options)
+        predictor = await self._predictor(ask.task, ask.options)
         rounds = predictor.rounds(
             [Record(item["id"], item["text"], item["fields"]) for item in ask.items]
         )
         step = partial(self._directly if _is_small(ask) else self._in_thread, _next, predictor)
         with _Clock(timing, "tokenize"):
             windows, results = await step(rounds, None)
+        if sum(len(window.ids) for window in windows) > SMALL_TOKENS:
+            step = partial(self._in_thread, _next, predictor)
         accepted = False
         while results is None:  # once, unless the task has follow-up questions
             rows = await self._rows(ask.task, windows, timing, accepted)
@@ -267,14 +273,19 @@ class Engine:
         timing.queue += max(0.0, time.perf_counter() - started - served.computed)
         return served.results
 
-    def _predictor(self, task: str, options: Mapping[str, Any]) -> Predictor:
+    async def _predictor(self, task: str, options: Mapping[str, Any]) -> Predictor:
         """The predictor of a task, with the options of a request. Options that came before are
         ready; nobody sees those of another."""
         predictor = self.predictors[task]
         if not options:
             return predictor
         key = json.dumps([task, options])  # not sorted: a schema is answered in its own order
-        variant = self._variants.pop(key, None) or predictor.with_options(**options)
+        variant = self._variants.pop(key, None)
+        if variant is None:
+            make = partial(predictor.with_options, **options)
+            # Labels are tokenized here, which is not for the event loop.
+            is_small = len(key) <= SMALL_OPTIONS and "candidate_labels" not in options
+            variant = make() if is_small else await self._in_thread(make)
         self._variants[key] = variant
         if len(self._variants) > MAX_OPTION_SETS:
             self._variants.popitem(last=False)
@@ -327,7 +338,11 @@ def _is_small(ask: Ask) -> bool:
     """Whether its text takes less time to read than another thread takes to begin: half a
     millisecond on the event loop harms nobody."""
     is_plain = ask.task in ("ner", "classify", "embed") and "candidate_labels" not in ask.options
-    return is_plain and len(ask.items) == 1 and len(ask.items[0]["text"]) <= SMALL_TEXT
+    if not is_plain or len(ask.items) != 1:
+        return False
+    given = (ask.items[0]["text"], *ask.items[0]["fields"].values(), ask.options.get("prefix"))
+    texts = [text for text in given if isinstance(text, str)]
+    return sum(normal_length(text, SMALL_TEXT) for text in texts) <= SMALL_TEXT
 
 
 def _first_error(served: Served) -> str | None:

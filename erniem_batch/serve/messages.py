@@ -9,15 +9,27 @@ from dataclasses import fields
 from typing import Annotated, Any, Literal, get_type_hints
 
 from docstring_parser import parse
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    create_model,
+)
 
 from erniem_batch.errors import ConfigError
 from erniem_batch.options import OPTIONS, TASKS
+from erniem_batch.serve.limits import (
+    MAX_COUNT,
+    MAX_ID_CHARACTERS,
+    MAX_LANGUAGE_CHARACTERS,
+    MAX_MODEL_CHARACTERS,
+    MAX_NAME_CHARACTERS,
+    MAX_TEMPLATE_CHARACTERS,
+    MAX_USER_CHARACTERS,
+)
 from erniem_batch.text.schema import MAX_DEPTH, schema_of_text
-
-MAX_ID_CHARACTERS = 256
-# More than anybody needs, and nothing overflows.
-MAX_COUNT = 10_000
 
 
 class Message(BaseModel):
@@ -29,7 +41,6 @@ class Message(BaseModel):
 # ---- options ------------------------------------------------------------------------------------
 
 Score = Annotated[float, Field(ge=0, le=1)]
-MinScore = Score | dict[str, Score | dict[str, Score]]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 
 
@@ -45,6 +56,53 @@ def _whole(text: str) -> str:
 Text = Annotated[str, AfterValidator(_whole)]
 
 
+def _all_whole(texts: list[str]) -> list[str]:
+    """The same for a list, in one step: a call for each of ten thousand takes too long."""
+    _whole("\n".join(texts))
+    return texts
+
+
+Template = Annotated[str, Field(max_length=MAX_TEMPLATE_CHARACTERS)]
+Name = Annotated[str, Field(max_length=MAX_NAME_CHARACTERS)]
+Names = Annotated[list[Name], Field(fail_fast=True, min_length=1, max_length=MAX_COUNT),
+                  AfterValidator(_all_whole)]  # fmt: skip
+Templates = Annotated[list[Template], Field(fail_fast=True, max_length=MAX_COUNT),
+                      AfterValidator(_all_whole)]  # fmt: skip
+Texts = Annotated[list[str], Field(fail_fast=True, min_length=1), AfterValidator(_all_whole)]
+Choices = Annotated[Texts, Field(max_length=MAX_COUNT)]
+
+
+def _scores(value: Any) -> Any:
+    """Thresholds whose names are of usable length. The first wrong one ends the look at them, which
+    pydantic alone would go on with to the last."""
+    tables = [value]
+    while tables:
+        table = tables.pop()
+        if not isinstance(table, dict):
+            continue
+        _check_names(list(table))
+        for score in table.values():
+            if isinstance(score, dict) and table is value:
+                tables.append(score)
+            elif isinstance(score, bool) or not isinstance(score, int | float):
+                raise ValueError("each threshold must be a number from 0 to 1")
+            elif not 0 <= score <= 1:
+                raise ValueError("each threshold must be from 0 to 1")
+    return value
+
+
+def _check_names(names: list[str]) -> None:
+    if len(names) > MAX_COUNT:
+        raise ValueError(f"{len(names)} names; at most {MAX_COUNT}")
+    longest = max(map(len, names), default=0)
+    if longest > MAX_NAME_CHARACTERS:
+        raise ValueError(f"a name of {longest} characters; at most {MAX_NAME_CHARACTERS}")
+    _all_whole(names)
+
+
+MinScore = Annotated[Score | dict[str, Score | dict[str, Score]], BeforeValidator(_scores)]
+
+
 def _schema(value: Any) -> Any:
     """A schema that can be asked, as a list; text is read here, so that nobody takes it for the
     name of a file. What is wrong is said without any name in it."""
@@ -52,29 +110,27 @@ def _schema(value: Any) -> Any:
         read = schema_of_text(value) if isinstance(value, str) else value
     except ConfigError:
         raise ValueError("text must be JSON, YAML or names with commas between them") from None
-    names = list(_names_of(read, 0))
-    if len(names) > MAX_COUNT:
-        raise ValueError(f"{len(names)} names; at most {MAX_COUNT}")
-    for name in names:
-        _whole(name)
+    _check_names(list(_names_of(read)))
     return [read] if isinstance(read, str) else read
 
 
-def _names_of(value: Any, depth: int) -> Iterator[str]:
-    if depth > MAX_DEPTH:
-        raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for item in value:
-            yield from _names_of(item, depth + 1)
-    elif isinstance(value, dict):
-        for name, inner in value.items():
-            yield name
-            if inner is not None:
-                yield from _names_of(inner, depth + 1)
-    else:
-        raise ValueError("each part must be a name, a list or an object")
+def _names_of(value: Any) -> Iterator[str]:
+    waiting = [(value, 0)]
+    while waiting:
+        part, depth = waiting.pop()
+        if depth > MAX_DEPTH:
+            raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+        if isinstance(part, str):
+            yield part
+        elif isinstance(part, list) and depth < MAX_DEPTH and set(map(type, part)) == {str}:
+            yield from part
+        elif isinstance(part, list):
+            waiting += [(item, depth + 1) for item in part]
+        elif isinstance(part, dict):
+            yield from part
+            waiting += [(inner, depth + 1) for inner in part.values() if inner is not None]
+        else:
+            raise ValueError("each part must be a name, a list or an object")
 
 
 Schema = Annotated[str | list[Any] | dict[str, Any], AfterValidator(_schema)]
@@ -82,12 +138,12 @@ Schema = Annotated[str | list[Any] | dict[str, Any], AfterValidator(_schema)]
 # What the command line reads from files and from text is given in full here: a server opens no file
 # because a request names it.
 ONLINE_TYPES: dict[str, Any] = {
-    "hypothesis_template": Text,
-    "prefix": Text,
+    "hypothesis_template": Annotated[Template, AfterValidator(_whole)],
+    "prefix": Annotated[Template, AfterValidator(_whole)],
     "min_score": MinScore | None,
     "schema": Schema | None,
-    "candidate_labels": Annotated[list[Text], Field(min_length=1, max_length=MAX_COUNT)] | None,
-    "question_template": list[Text],
+    "candidate_labels": Names | None,
+    "question_template": Templates,
     "top_k": Count,
     "max_answer_tokens": Count,
     "dimensions": Count | None,
@@ -147,7 +203,7 @@ class Item(Message):
     """One thing to work on. `id` comes back with its result; default: its place."""
 
     id: Annotated[Text, Field(max_length=MAX_ID_CHARACTERS)] | None = None
-    language: Annotated[Text, Field(max_length=32)] | None = Field(
+    language: Annotated[Text, Field(max_length=MAX_LANGUAGE_CHARACTERS)] | None = Field(
         None, description="Of the text, such as de: for thresholds by language."
     )
 
@@ -168,7 +224,7 @@ class ChooseItem(Item):
     """A premise and its choices."""
 
     premise: Text
-    choices: Annotated[list[Text], Field(min_length=1, max_length=MAX_COUNT)]
+    choices: Choices
     question: Text | None = Field(None, description="Such as cause or effect.")
 
 
@@ -203,12 +259,17 @@ def _as_list(value: Any) -> Any:
     return [{"text": item} if isinstance(item, str) else item for item in many]
 
 
+Model = Annotated[str, Field(max_length=MAX_MODEL_CHARACTERS)] | None
+
+
 def _request_model(task: str) -> type[Message]:
     item: Any = ITEMS[task]
     takes_text = issubclass(item, TextItem)
     one: Any = str | item if takes_text else item
     inputs: Any = Annotated[
-        list[item], BeforeValidator(_as_list, json_schema_input_type=one | list[one])
+        list[item],
+        Field(fail_fast=True),
+        BeforeValidator(_as_list, json_schema_input_type=one | list[one]),
     ]
     options: Any = OPTION_MODELS[task]
     return create_model(
@@ -216,7 +277,7 @@ def _request_model(task: str) -> type[Message]:
         __base__=Message,
         inputs=(inputs, Field(description="One item or a list; a text alone may be a string.")),
         options=(options, Field(default_factory=options)),
-        model=(str | None, Field(None, description="Name of a model; see GET /v1/models.")),
+        model=(Model, Field(None, description="Name of a model; see GET /v1/models.")),
     )
 
 
@@ -389,11 +450,13 @@ RESPONSES = {task: _response_model(task) for task in TASKS}
 class EmbeddingsRequest(Message):
     """As OpenAI's, for texts; token ids are those of other models, so are not taken."""
 
-    input: Text | Annotated[list[Text], Field(min_length=1)]
-    model: str | None = None
+    input: Text | Texts
+    model: Model = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Count | None = None
-    user: str | None = Field(None, description="Taken, and not looked at.")
+    user: Annotated[str, Field(max_length=MAX_USER_CHARACTERS)] | None = Field(
+        None, description="Taken, and not looked at."
+    )
 
 
 class Embedding(Message):

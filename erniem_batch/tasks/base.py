@@ -190,6 +190,14 @@ def first_only(encoded: Encoded) -> Encoded:
     return replace(encoded, windows=kept, truncated=cut)
 
 
+def places_by_part(windows: Sequence[Window], n_parts: int) -> list[list[int]]:
+    """Places of the windows of each part, in linear time."""
+    places: list[list[int]] = [[] for _ in range(n_parts)]
+    for place, window in enumerate(windows):
+        places[window.part].append(place)
+    return places
+
+
 def pool_windows(scores_WC: FloatArray, windows: Sequence[Window], pooling: str) -> FloatArray:
     """One row of scores from those of several windows.
 

@@ -5,6 +5,7 @@ over the choices of one row, of which rows may have any number. There is no pipe
 transformers 4.40.2; the scores are the softmax of ErnieMForMultipleChoice's logits.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ from erniem_batch.tasks.base import (
     Task,
     encoded_of,
     first_only,
+    places_by_part,
     pool_windows,
     require_finite,
     require_string,
@@ -34,6 +36,7 @@ TEMPLATES = {
     "effect": "{premise} What happened as a result?",
 }
 OTHER_TEMPLATE = "{premise} {question}"
+_PLACE = re.compile(r"\{premise\}|\{question\}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +102,8 @@ class ChooseTask(Task):
         """The scores of all choices and the best one."""
         logits_WC = np.concatenate(outputs)
         require_finite(logits_WC)
-        parts = np.array([window.part for window in encoded.windows])
         pooled = []
-        for part in range(parts[-1] + 1):
-            rows = np.flatnonzero(parts == part).tolist()
+        for rows in places_by_part(encoded.windows, encoded.windows[-1].part + 1):
             windows = [encoded.windows[i] for i in rows]
             pooled.append(pool_windows(logits_WC[rows], windows, self._pooling)[0])
         scores = softmax(np.array(pooled, dtype=np.float32))
@@ -133,8 +134,11 @@ def asked(record: Record, templates: Mapping[str, str] = TEMPLATES) -> Any:
         return record.text
     if not isinstance(record.text, str) or not isinstance(question, str):
         return question
+    # One pass: "{premise}" in a question stays as it is, or a short question could stand for
+    # thousands of premises.
+    values = {"{premise}": record.text, "{question}": question}
     template = templates.get(question, OTHER_TEMPLATE)
-    return template.replace("{question}", question).replace("{premise}", record.text)
+    return _PLACE.sub(lambda match: values[match.group()], template)
 
 
 def choices_of(record: Record) -> list[str]:

@@ -25,6 +25,7 @@ from erniem_batch.tasks.base import (
     Task,
     encoded_of,
     first_only,
+    places_by_part,
     pool_windows,
     require_finite,
     require_string,
@@ -190,7 +191,7 @@ class ZeroShotTask(_LabelTask):
         self._entailment = found[0]
         self._contradiction = len(labels) - 1 if self._entailment == 0 else 0
         self._one_by_one = options.multi_label or len(self.labels) == 1
-        claims = [options.hypothesis_template.format(label) for label in self.labels]
+        claims = [options.hypothesis_template.replace("{}", label) for label in self.labels]
         self._claims = [tokens.ids for tokens in self.tokens_of(claims)]
 
     def encode(self, records: Sequence[Record]) -> list[Encoded | Failure]:
@@ -213,8 +214,7 @@ class ZeroShotTask(_LabelTask):
         logits_WC = np.concatenate(outputs)
         require_finite(logits_WC)
         by_label = []
-        for part in range(len(self.labels)):
-            rows = [i for i, window in enumerate(encoded.windows) if window.part == part]
+        for rows in places_by_part(encoded.windows, len(self.labels)):
             windows = [encoded.windows[i] for i in rows]
             pair_WC = logits_WC[rows][:, [self._contradiction, self._entailment]]
             values = softmax(pair_WC) if self._one_by_one else pair_WC

@@ -362,10 +362,10 @@ class ExtractTask(ItemTask):
 
 def merged(nodes: Schema) -> list[Node]:
     """Nodes with names that stand twice put together, with the children of both."""
-    children: dict[str, Schema] = {}
+    children: dict[str, list[Node]] = {}
     for node in nodes:
-        children[node.name] = children.get(node.name, ()) + node.children
-    return [Node(name, inner) for name, inner in children.items()]
+        children.setdefault(node.name, []).extend(node.children)
+    return [Node(name, tuple(inner)) for name, inner in children.items()]
 
 
 def stripped(text: str, start: int, end: int) -> tuple[int, int]:

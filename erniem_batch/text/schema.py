@@ -9,7 +9,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import PurePosixPath
@@ -21,14 +21,16 @@ from erniem_batch import storage
 from erniem_batch.errors import ConfigError
 
 MAX_DEPTH = 16
+# Brackets of YAML that are open at once, those in quoted names included.
+MAX_BRACKETS = 100
 
 # Full-width forms are asked for by their ASCII twins, as the models were trained.
 _HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 # PARITY: Taskflow leaves the ideographic space alone, though it means to replace it.
 _ASCII = {**_HALF_WIDTH, 0x3000: 0x20}
 
-_OPTIONS = re.compile(r"\[(.*?)\]\s*$", re.DOTALL)
-_COMMA_OUTSIDE = re.compile(r"[,，](?![^\[［]*[\]］])")
+_BRACKET = re.compile(r"[\[\]{}]")
+_MARK = re.compile(r"[,，\[［\]］]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,43 +50,50 @@ def parse_schema(value: Any) -> Schema:
     Raises:
         ConfigError: something in it is neither a name, a list nor a mapping; says where.
     """
-    return _nodes(value, "schema", 0)
+    return _nodes(value, ("schema",))
 
 
-def _nodes(value: Any, where: str, depth: int) -> Schema:
-    if depth > MAX_DEPTH:
-        raise ConfigError(f"{where}: nested more than {MAX_DEPTH} levels deep")
+# Where a part stands: "schema", then names and places. It becomes text only in an error.
+Path = tuple[str | int, ...]
+
+
+def _nodes(value: Any, path: Path) -> Schema:
+    if len(path) > MAX_DEPTH + 1:
+        raise ConfigError(f"{_place(path)}: nested more than {MAX_DEPTH} levels deep")
     if value is None:
         return ()
     if isinstance(value, str):
-        return (Node(_name(value, where)),)
+        return (Node(_name(value, path)),)
     if isinstance(value, Mapping):
         return tuple(
-            Node(_name(name, where), _nodes(inner, f"{where}.{name}", depth + 1))
-            for name, inner in value.items()
+            Node(_name(name, path), _nodes(inner, (*path, name))) for name, inner in value.items()
         )
     if isinstance(value, Sequence) and not isinstance(value, bytes):
         return tuple(
             node
             for i, item in enumerate(value)
-            for node in _nodes(_present(item, f"{where}[{i}]"), f"{where}[{i}]", depth + 1)
+            for node in _nodes(_present(item, (*path, i)), (*path, i))
         )
-    raise ConfigError(
-        f"{where} must be a name, a list of names or a mapping, got {type(value).__name__}"
-    )
+    came = type(value).__name__
+    raise ConfigError(f"{_place(path)} must be a name, a list of names or a mapping, got {came}")
 
 
-def _name(name: Any, where: str) -> str:
+def _place(path: Path) -> str:
+    first, *rest = path
+    return f"{first}" + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in rest)
+
+
+def _name(name: Any, path: Path) -> str:
     if not isinstance(name, str):
-        raise ConfigError(f"{where}: a name must be a string, got {type(name).__name__}")
+        raise ConfigError(f"{_place(path)}: a name must be a string, got {type(name).__name__}")
     if not name.strip():
-        raise ConfigError(f"{where}: a name is blank")
+        raise ConfigError(f"{_place(path)}: a name is blank")
     return name
 
 
-def _present(item: Any, where: str) -> Any:
+def _present(item: Any, path: Path) -> Any:
     if item is None:
-        raise ConfigError(f"{where} must be a name, a list of names or a mapping, got null")
+        raise ConfigError(f"{_place(path)} must be a name, a list of names or a mapping, got null")
     return item
 
 
@@ -108,6 +117,12 @@ def read_schema(given: str, *, may_split: bool = True) -> Any:
         raise ConfigError(f"--schema {given}: {error}") from None
 
 
+def is_structured(text: str) -> bool:
+    """Whether a schema text is JSON or YAML, and not only names with commas between them."""
+    bare = text.strip()
+    return bare[:1] in ("[", "{") or "\n" in bare
+
+
 @lru_cache(maxsize=4096)
 def schema_of_text(text: str, may_split: bool = True) -> Any:
     """A schema written as text: JSON, YAML, or names with commas between them.
@@ -115,13 +130,42 @@ def schema_of_text(text: str, may_split: bool = True) -> Any:
     Raises:
         ConfigError: neither.
     """
-    if text.lstrip()[:1] in ("[", "{") or "\n" in text.strip():
+    if is_structured(text):
         try:
             return _parse_text(text)
         except ValueError as error:
             raise ConfigError(f"the schema is no JSON or YAML: {error}") from None
-    names = _COMMA_OUTSIDE.split(text) if may_split else [text]
+    names = list(split_names(text)) if may_split else [text]
     return [name.strip() for name in names] if len(names) > 1 else text
+
+
+def split_names(text: str) -> Iterator[str]:
+    """Yield the parts of a text between its commas, except commas inside brackets.
+
+    A comma is inside brackets if the next bracket closes. Takes linear time.
+
+    Example:
+        >>> list(split_names("Mood [good, bad], City"))
+        ['Mood [good, bad]', ' City']
+    """
+    at = 0
+    for comma in _commas_outside(text):
+        yield text[at:comma]
+        at = comma + 1
+    yield text[at:]
+
+
+def _commas_outside(text: str) -> Iterator[int]:
+    commas: list[int] = []
+    for match in _MARK.finditer(text):
+        mark = match.group()
+        if mark in ",，":
+            commas.append(match.start())
+            continue
+        if mark in "[［":
+            yield from commas
+        commas = []
+    yield from commas
 
 
 def _parse_text(text: str) -> Any:
@@ -130,6 +174,7 @@ def _parse_text(text: str) -> Any:
         try:
             return json.loads(text)
         except ValueError:
+            _check_brackets(text)
             return _without_empty(yaml.load(text, Loader=_PlainLoader))
     except RecursionError:
         raise ValueError(f"nested more than {MAX_DEPTH} levels deep") from None
@@ -137,6 +182,16 @@ def _parse_text(text: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ValueError(f"neither JSON nor YAML{where}") from None
+
+
+def _check_brackets(text: str) -> None:
+    """Raises a RecursionError if more brackets are open than any schema has. The YAML loader would
+    take seconds to find that out."""
+    depth = 0
+    for match in _BRACKET.finditer(text):
+        depth += 1 if match.group() in "[{" else -1
+        if depth > MAX_BRACKETS:
+            raise RecursionError
 
 
 class _PlainLoader(yaml.BaseLoader):  # type: ignore[misc]
@@ -189,10 +244,19 @@ def _ask(name: str, parent: str | None, lang: str) -> str:
     if lang != "en":
         return f"{parent}的{name}"
     # Taskflow looks before it makes full-width brackets ASCII, so that only "[" counts.
-    options = re.search(r"\[.*?\]$", name)
+    options = _options_at_end(name)
     if options:
-        return f"{name[: name.find('[', 1)].strip()} of {parent} {options.group()}"
+        return f"{name[: name.find('[', 1)].strip()} of {parent} {options}"
     return f"{name} of {parent}"
+
+
+def _options_at_end(name: str) -> str:
+    """The longest "[...]" of one line at the end of a name, or "". Takes linear time."""
+    end = len(name) - 1 if name.endswith("\n") else len(name)
+    if end < 1 or name[end - 1] != "]":
+        return ""
+    start = name.find("[", name.rfind("\n", 0, end) + 1, end)
+    return "" if start < 0 else name[start:end]
 
 
 def options_of_prompt(prompt: str) -> list[tuple[int, int]]:
@@ -202,12 +266,12 @@ def options_of_prompt(prompt: str) -> list[tuple[int, int]]:
         >>> [("Mood [good, bad]")[a:b] for a, b in options_of_prompt("Mood [good, bad]")]
         ['good', 'bad']
     """
-    match = _OPTIONS.search(prompt)
-    if match is None:
+    whole = prompt.rstrip()
+    at = whole.find("[") + 1
+    if not at or not whole.endswith("]"):
         return []
     spans = []
-    at = match.start(1)
-    for part in match.group(1).split(","):
+    for part in whole[at:-1].split(","):
         start = at + len(part) - len(part.lstrip())
         if part.strip():
             spans.append((start, start + len(part.strip())))

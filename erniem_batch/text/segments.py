@@ -7,10 +7,9 @@ own alignment leads from there to the original. Nothing is ever searched for.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import chain
-from threading import Lock
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -21,6 +20,9 @@ from erniem_batch.text.pieces import UNDERLINE, IntArray, PieceTable, split_piec
 _SURROGATES = re.compile("[\ud800-\udfff]")
 # So many are given to SentencePiece one by one.
 FEW_TEXTS = 16
+# Texts are encoded in groups of about so many characters: SentencePiece's results become Python
+# lists, and no other thread runs while a list is made.
+GROUP_CHARACTERS = 65_536
 
 
 class Tokens(NamedTuple):
@@ -59,10 +61,31 @@ class Tokens(NamedTuple):
         ids, starts, ends = flat
         return Tokens(ids, starts, ends, _splits(lengths))
 
+    @classmethod
+    def concatenate(cls, parts: Sequence["Tokens"]) -> "Tokens":
+        """Tokens of several batches of texts as those of one batch."""
+        ids, starts, ends = (np.concatenate([part[i] for part in parts]) for i in range(3))
+        return cls(ids, starts, ends, _splits(np.concatenate([np.diff(p.splits) for p in parts])))
+
+
+def _groups(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Neighbouring texts with about GROUP_CHARACTERS together; at least one group."""
+    first = n_characters = 0
+    for i, text in enumerate(texts):
+        if n_characters and n_characters + len(text) > GROUP_CHARACTERS:
+            yield texts[first:i]
+            first, n_characters = i, 0
+        n_characters += len(text)
+    yield texts[first:]
+
 
 def has_surrogates(text: str) -> bool:
     """Whether there is a lone surrogate in the text."""
-    return not text.isascii() and _SURROGATES.search(text) is not None
+    try:
+        text.encode()  # faster than a search, which would hold up other threads
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def replace_surrogates(text: str) -> str:
@@ -94,7 +117,6 @@ class SegmentEncoder:
     ) -> None:
         self._processor = processor
         self._table = table
-        self._table_lock = Lock()  # new pieces are added to it while it is read
         self._drop_underlines = drop_underlines
         self._literal = literal
         self._options = {"num_threads": num_threads, **sampling}
@@ -109,45 +131,56 @@ class SegmentEncoder:
             texts: without lone surrogates (see `replace_surrogates`).
             lower: lower-case first, character by character, as the reference does.
         """
-        fed = [self._lower(text) for text in texts] if lower else texts
-        with self._table_lock:
-            return self._encode(texts, fed, offsets)
+        parts = []
+        for group in _groups(texts):
+            fed = [self._lower(text) for text in group] if lower else group
+            parts.append(self._encode(group, fed, offsets))
+        return parts[0] if len(parts) == 1 else Tokens.concatenate(parts)
 
     def _encode(self, texts: Sequence[str], fed: Sequence[str], offsets: bool) -> Tokens:
-        index, piece_splits = self._pieces(list(fed))
-        counts = self._table.n_tokens[index]
-        counts[self._dropped(index, piece_splits)] = 0
+        table = self._roomy_table()
+        index, piece_splits = self._pieces(list(fed), table)
+        counts = table.n_tokens[index]
+        counts[self._dropped(index, piece_splits, table)] = 0
 
         # One entry a token: which piece it comes from, and its place in the table.
         piece_of = np.repeat(np.arange(len(index)), counts)
         before = np.cumsum(counts) - counts
-        entry = (self._table.first[index] - before)[piece_of] + np.arange(len(piece_of))
-        ids = self._table.ids[entry]
+        entry = (table.first[index] - before)[piece_of] + np.arange(len(piece_of))
+        ids = table.ids[entry]
         splits = np.append(0, np.cumsum(counts))[piece_splits]
         if not offsets:
             return Tokens(ids, zeros := np.zeros_like(ids), zeros, splits)
 
         row_of = np.repeat(np.arange(len(texts)), np.diff(splits))
-        chars = self._table.n_chars[index]
+        chars = table.n_chars[index]
         piece_start = np.cumsum(chars) - chars
         row_start = np.append(piece_start, chars.sum())[piece_splits[:-1]]
         in_row = piece_start[piece_of] - row_start[row_of]
         starts, ends = self._to_original(
-            texts, fed, row_of, in_row + self._table.starts[entry], in_row + self._table.ends[entry]
+            texts, fed, row_of, in_row + table.starts[entry], in_row + table.ends[entry]
         )
         return Tokens(ids, starts, ends, splits)
 
-    def _pieces(self, fed: list[str]) -> tuple[IntArray, IntArray]:
+    def _roomy_table(self) -> PieceTable:
+        """The table that all threads share; a new one once it is full.
+
+        A thread that still uses the old one keeps it.
+        """
+        if self._table.is_full:
+            self._table = self._table.empty()
+        return self._table
+
+    def _pieces(self, fed: list[str], table: PieceTable) -> tuple[IntArray, IntArray]:
         """Pieces of all texts by their index in the table, and where those of each text begin."""
-        self._table.make_room()
         if self._is_sampling:  # two calls would draw two different cuts
             pieces = self._cut(fed, return_type=str)
-            index = self._table.indices(chain.from_iterable(pieces))
+            index = table.indices(chain.from_iterable(pieces))
             return index, _splits(np.fromiter(map(len, pieces), np.int64, len(pieces)))
         rows = self._cut(fed)
         splits = _splits(np.fromiter(map(len, rows), np.int64, len(rows)))
         ids = np.fromiter(chain.from_iterable(rows), np.int64, int(splits[-1]))
-        index = self._table.indices_of_ids(ids, self._processor.id_to_piece)
+        index = table.indices_of_ids(ids, self._processor.id_to_piece)
         # Unknown pieces share one id: their rows are cut once more, into strings.
         unknown = np.flatnonzero(ids == self._unknown_id)
         if len(unknown):
@@ -156,7 +189,7 @@ class SegmentEncoder:
             pieces = self._cut([fed[row] for row in rows_again], return_type=str)
             of_row = dict(zip(rows_again, pieces, strict=True))
             places = zip(row_of.tolist(), (unknown - splits[row_of]).tolist(), strict=True)
-            index[unknown] = self._table.indices([of_row[row][place] for row, place in places])
+            index[unknown] = table.indices([of_row[row][place] for row, place in places])
         return index, splits
 
     def _cut(self, texts: list[str], **form: Any) -> list[Any]:
@@ -175,10 +208,9 @@ class SegmentEncoder:
         pieces = self._processor.encode(
             self._lower(text) if lower else text, return_type=str, **self._options
         )
-        with self._table_lock:
-            self._table.make_room()
-            index = self._table.indices(pieces)
-            dropped = self._dropped(index, np.array([0, len(index)]))
+        table = self._roomy_table()
+        index = table.indices(pieces)
+        dropped = self._dropped(index, np.array([0, len(index)]), table)
         return [
             piece[start:end]
             for piece, drop in zip(pieces, dropped, strict=True)
@@ -186,16 +218,16 @@ class SegmentEncoder:
             for start, end in ([(0, 1)] if piece == UNDERLINE else split_piece(piece))
         ]
 
-    def _dropped(self, index: IntArray, piece_splits: IntArray) -> Any:
+    def _dropped(self, index: IntArray, piece_splits: IntArray, table: PieceTable) -> Any:
         """Which pieces are a lone "▁" that makes no token."""
-        lone = self._table.is_underline[index]
+        lone = table.is_underline[index]
         if self._drop_underlines or not lone.any():
             return lone
         # PARITY: transformers keeps a lone "▁" unless it is first or a word follows. A last one,
         # where it raises, is dropped.
         first, last = np.zeros(len(index) + 1, dtype=bool), np.ones(len(index), dtype=bool)
         first[piece_splits] = True
-        last[:-1] = self._table.opens_word[index][1:]
+        last[:-1] = table.opens_word[index][1:]
         last |= first[1:]
         return lone & (first[:-1] | last)
 

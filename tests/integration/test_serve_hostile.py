@@ -39,8 +39,7 @@ MAX_BODY_BYTES = 2 << 20
 MAX_ITEMS = 16
 # Stands in every text that is sent, and must come back in no error and no log line.
 MARK = "qzMARKqz"
-# Stands in names of fields. A field that does not belong is named in `param`, so that who made a
-# typing error finds it; nowhere else.
+# Stands in names of fields. Of a field that does not belong, only the nearest known one is named.
 KEY_MARK = "qzKEYqz"
 
 VALID: dict[str, dict[str, Any]] = {
@@ -500,7 +499,7 @@ def _faults_of_error(answer: httpx.Response) -> Iterator[str]:
     problem = Refused.model_validate_json(answer.content).error
     if MARK in answer.text:
         yield f"{answer.status_code} {problem.code} repeats the request: {answer.text[:200]}"
-    if KEY_MARK in answer.text.replace(problem.param or "\n", ""):
+    if KEY_MARK in answer.text:
         yield f"{answer.status_code} {problem.code} repeats a name: {problem.message[:200]}"
 
 

@@ -284,6 +284,8 @@ def test_text_that_is_none_spoils_no_request(told: Told) -> None:
         (1, 422, "encode_failed", "inputs.0", True),
         (1, 500, "forward_failed", "inputs.0", True),
         (1, 413, "body_too_large", None, True),
+        (1, 413, "too_many_characters", None, True),
+        (1, 413, "text_too_long", "inputs.0", True),
         (1, 422, "invalid_option", "options", False),
         (1, 422, "invalid_request", "inputs.0.text", False),
         (2, 413, "body_too_large", None, False),
@@ -497,7 +499,8 @@ def test_refusals_of_the_service(service: str) -> None:
         assert (caught.value.status, caught.value.code) == (404, "no_such_model")
         with pytest.raises(ServiceError) as caught:
             client.ner(["a", "b"], top_k=3)
-        assert (caught.value.status, caught.value.param) == (422, "options.top_k")
+        assert (caught.value.status, caught.value.param) == (422, "options")
+        assert "there are aggregation_strategy, min_score, offset_unit" in caught.value.message
         with pytest.raises(ServiceError) as caught:
             client.qa([{"context": "a", "question": "b"}] * 3 + ["c"])
         assert (caught.value.status, caught.value.param) == (422, "inputs.3.question")

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from erniem_batch import ErnieMTokenizer
 from erniem_batch.errors import CheckpointError, ConfigError
 from erniem_batch.text.pieces import PieceTable, split_piece
-from erniem_batch.text.segments import replace_surrogates
+from erniem_batch.text.segments import SegmentEncoder, replace_surrogates
 from erniem_batch.text.tokenizer import longest_first
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_tokenizer"
@@ -310,10 +310,63 @@ def test_piece_table_forgets_when_it_is_full(monkeypatch):
 
 def test_piece_table_of_unseen_pieces():
     table = PieceTable(len)
-    assert table.indices(["▁a1", "▁", "▁a1", "b"]).tolist() == [0, 1, 0, 2]
-    assert table.n_tokens.tolist() == [2, 1, 1]
-    assert table.ids.tolist() == [2, 1, 1, 1]
+    index = table.indices(["▁a1", "▁", "▁a1", "b"])
+    assert index.tolist() == [0, 1, 0, 2]
+    assert table.n_tokens[index].tolist() == [2, 1, 2, 1]
+    assert table.ids[:4].tolist() == [2, 1, 1, 1]
     assert table.indices([]).tolist() == []
+
+
+def test_groups_of_texts_change_nothing(monkeypatch):
+    """Texts are encoded in groups of some characters, also when one is longer than a group."""
+    tokenizer = ErnieMTokenizer.from_pretrained(TINY)
+    texts = ["the cat sat", "", "北京 2月8日 😀", "x" * 50, "an old man", "", "ﷺ it is"]
+    whole = tokenizer.encode_batch(texts)
+    for size in (1, 5, 12, 20):
+        monkeypatch.setattr("erniem_batch.text.segments.GROUP_CHARACTERS", size)
+        for one, other in zip(tokenizer.encode_batch(texts), whole, strict=True):
+            assert one.tolist() == other.tolist()
+    assert tokenizer.encode_batch([]).splits.tolist() == [0]
+
+
+def test_a_table_of_long_pieces_is_full_by_characters(monkeypatch):
+    monkeypatch.setattr("erniem_batch.text.pieces.MAX_REMEMBERED_CHARACTERS", 5000)
+    table = PieceTable(len)
+    for i in range(4):
+        table.indices([f"{i}" * 1500])
+    assert table.is_full
+    assert not table.empty().is_full
+    tokenizer = ErnieMTokenizer.from_pretrained(TINY)
+    for letter in "ᠠᠡᠢᠣ":  # unknown pieces are as long as their texts
+        text = letter * 3000
+        assert tokenizer.encode(text) == HF.encode(text)
+
+
+def test_a_long_text_does_not_hold_up_a_short_one(monkeypatch):
+    """While one thread encodes, another takes the table: the lock is held for new pieces only."""
+    tokenizer = ErnieMTokenizer.from_pretrained(TINY)
+    tokenizer.encode("the cat sat")
+    inside, go_on = threading.Event(), threading.Event()
+    cut = SegmentEncoder._cut
+
+    def slow(self, texts, **form):
+        if "slow" in texts:
+            inside.set()
+            assert go_on.wait(30)
+        return cut(self, texts, **form)
+
+    monkeypatch.setattr(SegmentEncoder, "_cut", slow)
+    thread = threading.Thread(target=tokenizer.encode_batch, args=(["slow"],))
+    thread.start()
+    assert inside.wait(30)
+    short = threading.Thread(target=tokenizer.encode_batch, args=(["an old man"],))
+    short.start()
+    short.join(10)
+    alive = short.is_alive()
+    go_on.set()
+    thread.join()
+    short.join()
+    assert not alive
 
 
 def test_threads_may_share_a_tokenizer(monkeypatch):
