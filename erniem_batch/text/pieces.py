@@ -17,6 +17,8 @@ SPLIT_PUNCTUATION = frozenset(",;:.?!~，；：。？！《》【】")
 
 # Unknown pieces are remembered like known ones; past this many the table starts anew.
 MAX_REMEMBERED_PIECES = 1_000_000
+# An unknown piece may be as long as its text, so characters are counted too.
+MAX_REMEMBERED_CHARS = 16_000_000
 
 IntArray = npt.NDArray[np.int64]
 
@@ -69,6 +71,7 @@ class PieceTable:
 
     def _clear(self) -> None:
         self._index_of: dict[str, int] = {}
+        self._n_chars_kept = 0
         self._index_of_id = np.zeros(0, dtype=np.int64)
         empty = np.zeros(0, dtype=np.int64)
         self.n_chars = self.n_tokens = self.first = empty
@@ -77,7 +80,8 @@ class PieceTable:
 
     def make_room(self) -> None:
         """Forgets all pieces once there are too many; indices given before mean nothing then."""
-        if len(self._index_of) > MAX_REMEMBERED_PIECES:
+        n_pieces, n_chars = len(self._index_of), self._n_chars_kept
+        if n_pieces > MAX_REMEMBERED_PIECES or n_chars > MAX_REMEMBERED_CHARS:
             self._clear()
 
     def indices_of_ids(self, ids: IntArray, piece_of: Callable[[list[int]], list[str]]) -> IntArray:
@@ -107,6 +111,7 @@ class PieceTable:
 
     def _add(self, pieces: list[str]) -> None:
         known = len(self._index_of)
+        self._n_chars_kept += sum(map(len, pieces))
         self._index_of.update((piece, known + i) for i, piece in enumerate(pieces))
         spans = [[(0, 1)] if piece == UNDERLINE else split_piece(piece) for piece in pieces]
         counts = np.array([len(s) for s in spans], dtype=np.int64)

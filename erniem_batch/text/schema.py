@@ -11,13 +11,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
 
 from erniem_batch import storage
+from erniem_batch.cache import ByteCache
 from erniem_batch.errors import ConfigError
 
 MAX_DEPTH = 16
@@ -26,6 +26,10 @@ MAX_DEPTH = 16
 _HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 # PARITY: Taskflow leaves the ideographic space alone, though it means to replace it.
 _ASCII = {**_HALF_WIDTH, 0x3000: 0x20}
+
+# Schemas read lately; a name takes much more memory parsed than as text.
+BYTES_PER_CHARACTER = 64
+_SCHEMAS: ByteCache[tuple[str, bool], tuple[Any]] = ByteCache(16 << 20)
 
 _OPTIONS = re.compile(r"\[(.*?)\]\s*$", re.DOTALL)
 _COMMA_OUTSIDE = re.compile(r"[,，](?![^\[［]*[\]］])")
@@ -106,13 +110,20 @@ def read_schema(given: str, *, may_split: bool = True) -> Any:
         raise ConfigError(f"--schema {given}: {error}") from None
 
 
-@lru_cache(maxsize=4096)
 def schema_of_text(text: str, may_split: bool = True) -> Any:
     """A schema written as text: JSON, YAML, or names with commas between them.
 
     Raises:
         ConfigError: neither.
     """
+    key = (text, may_split)
+    if (known := _SCHEMAS.get(key)) is None:
+        known = (_schema_of_text(text, may_split),)
+        _SCHEMAS.put(key, known, BYTES_PER_CHARACTER * len(text) + 1000)
+    return known[0]
+
+
+def _schema_of_text(text: str, may_split: bool) -> Any:
     if text.lstrip()[:1] in ("[", "{") or "\n" in text.strip():
         try:
             return _parse_text(text)

@@ -14,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 import sentencepiece
 
+from erniem_batch.cache import ByteCache
 from erniem_batch.errors import CheckpointError, ConfigError
 from erniem_batch.model.overlay import base_folder
 from erniem_batch.text.pieces import UNDERLINE, IntArray, PieceTable
@@ -31,6 +32,8 @@ SPECIAL_TOKENS = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_toke
 TRUNCATIONS = ("longest_first", "only_first", "only_second", "do_not_truncate")
 PADDINGS = ("longest", "max_length", "do_not_pad")
 _SIDES = ("left", "right")
+# Of tokens of prompts seen lately.
+PROMPT_CACHE_BYTES = 32 << 20
 
 
 class Encoding(dict[str, Any]):
@@ -63,6 +66,9 @@ class ErnieMTokenizer:
         model_max_length: where `truncation` cuts unless told otherwise, in tokens.
         num_threads: threads inside one batch call.
         added_tokens: further tokens with ids of their own, by text.
+
+    Attributes:
+        prompts: tokens of short texts that come again and again, for tasks that ask questions.
 
     Raises:
         ConfigError: an option is impossible.
@@ -115,6 +121,7 @@ class ErnieMTokenizer:
 
     def _build(self) -> None:
         """What follows from the settings; done again after unpickling."""
+        self.prompts: ByteCache[str, Tokens] = ByteCache(PROMPT_CACHE_BYTES)
         try:
             self._processor = sentencepiece.SentencePieceProcessor(
                 model_proto=self._sentencepiece_model
@@ -156,7 +163,7 @@ class ErnieMTokenizer:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        hidden = ("_processor", "_segments", "_literal", "_vocab", "_added", "_token_of")
+        hidden = ("_processor", "_segments", "_literal", "_vocab", "_added", "_token_of", "prompts")
         return {name: value for name, value in self.__dict__.items() if name not in hidden}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
