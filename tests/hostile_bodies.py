@@ -120,9 +120,9 @@ def _work() -> list[HostileBody]:
         "prefix by 1,000 items": ("/v1/embed", lambda: _json(
             inputs=["x"] * 1000, options={"prefix": text_of(1_000_000)})),
         "context with every answer": (qa, lambda: _qa(
-            text_of(150_000), top_k=10_000, max_answer_tokens=10_000)),
+            text_of(90_000), top_k=10_000, max_answer_tokens=10_000)),
         "context of one long word": (qa, lambda: _qa(
-            "xy" * 75_000, top_k=10_000, max_answer_tokens=10_000, align_to_words=True)),
+            "xy" * 15_000, top_k=10_000, max_answer_tokens=10_000, align_to_words=True)),
         "follow-up questions": (extract, lambda: _extract(
             text_of(60), schema=_nested(10), position_prob=0)),
         "follow-up questions of a long name": (extract, lambda: _extract(
@@ -133,7 +133,7 @@ def _work() -> list[HostileBody]:
         "every span of a long text": (extract, lambda: _extract(
             text_of(150_000), schema="a", **every_span)),
         "every span of many texts": (extract, lambda: _json(
-            inputs=[text_of(500)] * 400, options={"schema": "a", **every_span})),
+            inputs=[text_of(250)] * 300, options={"schema": "a", **every_span})),
     }  # fmt: skip
     return [HostileBody(name, path, make, True) for name, (path, make) in bodies.items()]
 

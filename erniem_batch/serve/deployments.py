@@ -5,6 +5,7 @@ With several, each is a deployment of its own behind the one that speaks HTTP.
 """
 
 import asyncio
+import gc
 import inspect
 import logging
 import sys
@@ -54,6 +55,10 @@ class MeteredEngine(Engine):
         self._trimmer = Trimmer()
         self.on_batch = self._metrics = BatchMetrics(self.config.name, await self.card(), budgets)
         await super().start()
+        # What is loaded by now stays. Else the garbage collector looks at all of it again and
+        # again, for half a second each time, while every thread waits.
+        gc.collect()
+        gc.freeze()
 
     def check(self) -> None:
         # Serve asks every few seconds: what waits is told even when no pass runs any more.
