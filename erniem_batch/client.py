@@ -44,6 +44,8 @@ FIRST_WAIT_S = 1.0
 LONGEST_WAIT_S = 60.0
 TIMEOUT_HEADER = "x-request-timeout-seconds"
 REQUEST_ID_HEADER = "x-request-id"
+# Of a request whose items make too much work together: fewer may be taken.
+REQUEST_TOO_LARGE = "request_too_large"
 
 
 class ServiceError(ErnieMBatchError):
@@ -305,6 +307,21 @@ class _Call(Generic[R]):
         """The request."""
         return b",".join(self.parts).join(self.frame)
 
+    def is_too_large(self, response: httpx.Response) -> bool:
+        """Whether the service refused the items together and may take half of them."""
+        is_refused = response.status_code == 413 and len(self.parts) > 1
+        return is_refused and _refusal(response).code == REQUEST_TOO_LARGE
+
+    def halves(self) -> "list[_Call[R]]":
+        """Two requests, for half of the items each."""
+        n = len(self.parts) // 2
+        first, second = (
+            _Call(self.kind, self.path, self.frame, self.first + start, self.ids[some],
+                  self.parts[some])
+            for start, some in ((0, slice(n)), (n, slice(n, None)))
+        )  # fmt: skip
+        return [first, second]
+
     def results(self, response: httpx.Response) -> list[R | Failed]:
         """What the answer says of each item.
 
@@ -335,7 +352,7 @@ class _Call(Generic[R]):
 
 def _is_of_the_item(error: ServiceError, place: int) -> bool:
     """Whether a refused request would have been an error of its only item among others."""
-    return error.param == f"inputs.{place}" or error.code == "body_too_large"
+    return error.param == f"inputs.{place}" or error.code in ("body_too_large", REQUEST_TOO_LARGE)
 
 
 def _refusal(response: httpx.Response, first: int = 0) -> ServiceError:
@@ -643,7 +660,13 @@ class Client(_Service):
             if isinstance(call, Failed):
                 yield call
             else:
-                yield from call.results(self._send("POST", call.path, call.body))
+                yield from self._answer(call)
+
+    def _answer(self, call: _Call[R]) -> list[R | Failed]:
+        response = self._send("POST", call.path, call.body)
+        if call.is_too_large(response):
+            return [result for half in call.halves() for result in self._answer(half)]
+        return call.results(response)
 
     def _send(self, method: str, path: str, body: bytes | None = None) -> httpx.Response:
         try:
@@ -767,7 +790,10 @@ class AsyncClient(_Service):
     async def _answer(self, call: _Call[R] | Failed) -> Sequence[R | Failed]:
         if isinstance(call, Failed):
             return [call]
-        return call.results(await self._send("POST", call.path, call.body))
+        response = await self._send("POST", call.path, call.body)
+        if call.is_too_large(response):
+            return [result for half in call.halves() for result in await self._answer(half)]
+        return call.results(response)
 
     async def _send(self, method: str, path: str, body: bytes | None = None) -> httpx.Response:
         try:

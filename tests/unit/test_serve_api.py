@@ -18,6 +18,7 @@ import torch
 from hostile_bodies import HOSTILE_BODIES
 from serving import served
 
+from erniem_batch.client import AsyncClient, Failed
 from erniem_batch.errors import DeviceError
 from erniem_batch.options import TASKS
 from erniem_batch.predictor import Predictor
@@ -564,6 +565,23 @@ def test_a_limit_can_be_raised(run, limit, status):
 def test_the_limit_is_that_of_the_queue_unless_told_otherwise():
     assert ModelConfig(max_queue_tokens=10).request_tokens == 65_536
     assert ModelConfig(max_queue_tokens=10**6).request_tokens == 10**6
+
+
+def test_the_client_cuts_requests_that_make_too_much_work(run):
+    """Each item is answered as it would be alone; one that is too much by itself fails alone."""
+    texts = ["word " * 50, "Ada lived.", LONG, *["in Berlin " * 40] * 5]
+
+    async def test(client: httpx.AsyncClient, engine: Engine) -> None:
+        transport = httpx.ASGITransport(client._transport.app)
+        async with AsyncClient("http://test", transport=transport) as ours:
+            results = await ours.ner(texts)
+        assert [result.id for result in results] == [str(i) for i in range(len(texts))]
+        failed = [isinstance(result, Failed) for result in results]
+        assert failed == [text == LONG for text in texts]
+        assert results[2].code == "request_too_large"
+        assert [r.n_windows > 0 for r in results if not isinstance(r, Failed)] == [True] * 7
+
+    run(test, max_request_tokens=500)
 
 
 async def free_threads(engine: Engine) -> None:
