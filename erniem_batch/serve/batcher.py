@@ -2,8 +2,9 @@
 
 While the device is busy, what arrives waits; when a pass ends, the next batch is made of what
 waits. So a lonely request never waits for company, and a busy server fills its batches by itself.
-Requests take turns: each adds at most so many tokens to a batch before the next one does, so that a
-short request never waits for all of a long one.
+Requests take turns: each adds at most so many tokens to a batch before the next one does. Short and
+long requests also take turns, a batch each, and batches of long ones are small while short ones
+come: so a short request waits for a short pass, never for all of a long request.
 """
 
 import asyncio
@@ -17,8 +18,11 @@ from typing import Generic, Self, TypeVar, cast
 from erniem_batch.batching import LEAST_TOKENS
 from erniem_batch.errors import ErnieMBatchError
 
-# As many as a window has.
+# As many as a window has. Requests with more are long.
 TURN_TOKENS = 512
+# Part of a full batch that long requests get while short ones come, and so many seconds after.
+BESIDE_SHORT = 8
+COMPANY_S = 1.0
 # So many times as many tokens of follow-ups may wait as of new requests.
 FOLLOW_UP_SHARE = 4
 
@@ -183,7 +187,10 @@ class Batcher(Generic[Item, Result]):
     turn_tokens: int = TURN_TOKENS
     on_batch: Callable[[BatchReport], None] = lambda report: None
     device: Device = field(default_factory=Device)
-    _turns: deque[_Request[Item, Result]] = field(default_factory=deque, init=False)
+    _short: deque[_Request[Item, Result]] = field(default_factory=deque, init=False)
+    _long: deque[_Request[Item, Result]] = field(default_factory=deque, init=False)
+    _long_was_last: bool = field(default=True, init=False)
+    _last_short: float = field(default=-math.inf, init=False)
     _n_new: int = field(default=0, init=False)
     _n_follow_up: int = field(default=0, init=False)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event, init=False)
@@ -208,6 +215,10 @@ class Batcher(Generic[Item, Result]):
     def n_waiting_tokens(self) -> int:
         """Of all items that no pass has taken yet."""
         return self._n_new + self._n_follow_up
+
+    @property
+    def _waits(self) -> bool:
+        return bool(self._short or self._long)
 
     @property
     def busy_for(self) -> float:
@@ -238,7 +249,11 @@ class Batcher(Generic[Item, Result]):
         now = time.monotonic()
         for place, (item, length) in enumerate(zip(items, lengths, strict=True)):
             request.waiting.append(_Waiting(item, length, request, place, now))
-        self._turns.append(request)
+        if sum(lengths) > self.turn_tokens:
+            self._long.append(request)
+        else:
+            self._short.append(request)
+            self._last_short = now
         self._count(request, sum(lengths))
         self._arrived.set()
         try:
@@ -275,11 +290,11 @@ class Batcher(Generic[Item, Result]):
         while await self._something_waits():
             # The batch is made when it can run: until then more of its kind arrive.
             await self.device.take()
-            if not self._turns:  # who asked has gone
+            if not self._waits:  # who asked has gone
                 self.device.give(1)
                 continue
             batch = self._next_batch()
-            n_lanes = 1 if self._turns else 1 + self.device.take_rest()
+            n_lanes = 1 if self._waits else 1 + self.device.take_rest()
             running = asyncio.create_task(self._run(batch, n_lanes), name="pass")
             self._passes[running] = time.monotonic()
             running.add_done_callback(self._passes.pop)
@@ -287,7 +302,7 @@ class Batcher(Generic[Item, Result]):
 
     async def _something_waits(self) -> bool:
         """Returns when there is something to do; False: there never will be."""
-        while not self._turns:
+        while not self._waits:
             if self._closing:
                 return False
             self._arrived.clear()
@@ -297,15 +312,35 @@ class Batcher(Generic[Item, Result]):
     def _next_batch(self) -> list[_Waiting[Item, Result]]:
         """Items of the requests in turn, as many as fit, and at least one."""
         share = math.ceil(self.n_waiting_tokens / (1 + self.device.n_free))
-        left = min(self.max_batch_tokens, max(share, self.lane_tokens))
+        budget = min(self.max_batch_tokens, max(share, self.lane_tokens))
+        self._long_was_last = not self._short or bool(self._long and not self._long_was_last)
+        if not self._long_was_last:
+            batch = self._take(self._short, budget)
+            # Fewer tokens take nearly as long.
+            least = min(budget, self.lane_tokens) - sum(entry.length for entry in batch)
+            return batch + self._take(self._long, least, may_be_empty=True)
+        if time.monotonic() - self._last_short < COMPANY_S:
+            budget = min(budget, max(self.lane_tokens, self.max_batch_tokens // BESIDE_SHORT))
+        return self._take(self._long, budget)
+
+    def _take(
+        self, turns: deque[_Request[Item, Result]], left: int, may_be_empty: bool = False
+    ) -> list[_Waiting[Item, Result]]:
+        """Items of some requests in turn that fit in what is left of a batch.
+
+        Args:
+            may_be_empty: else the first item is taken however long it is.
+        """
         batch: list[_Waiting[Item, Result]] = []
-        while self._turns and (not batch or self._turns[0].waiting[0].length <= left):
-            request = self._turns.popleft()
-            some = self._take_turn(request, left, not batch)
+        must = not may_be_empty
+        while turns and (must or turns[0].waiting[0].length <= left):
+            request = turns.popleft()
+            some = self._take_turn(request, left, must)
+            must = False
             left -= sum(entry.length for entry in some)
             batch += some
             if request.waiting:
-                self._turns.append(request)
+                turns.append(request)
         return batch
 
     def _take_turn(
@@ -314,7 +349,7 @@ class Batcher(Generic[Item, Result]):
         """The next items of a request that fit in what is left of a batch, and in its turn.
 
         Args:
-            is_first: the batch is empty, so that the first item is taken however long it is.
+            is_first: the first item is taken however long it is.
         """
         waiting, some, n_tokens = request.waiting, list[_Waiting[Item, Result]](), 0
         while waiting:
@@ -372,10 +407,11 @@ class Batcher(Generic[Item, Result]):
 
     def _forget_finished(self) -> None:
         """Items of requests that failed or were given up need no pass."""
-        for request in self._turns:
+        for request in [*self._short, *self._long]:
             if request.is_over:
                 self._count(request, -request.n_tokens)
-        self._turns = deque(request for request in self._turns if not request.is_over)
+        self._short = deque(request for request in self._short if not request.is_over)
+        self._long = deque(request for request in self._long if not request.is_over)
 
     def _seconds_for(self, n_tokens: int) -> float:
         """How long so many tokens will take, by what was seen."""

@@ -91,6 +91,7 @@ class Client:
 
     def ask_for(self, seconds: float) -> list[float]:
         """Milliseconds of each good answer."""
+        self._connection.close()  # the server may have closed it meanwhile
         end, spent = time.perf_counter() + seconds, []
         while time.perf_counter() < end:
             for body in self._bodies:

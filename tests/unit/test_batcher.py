@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -321,9 +322,31 @@ def test_a_short_request_does_not_wait_for_all_of_a_long_one():
             await ticks()
             engine.free.set()
             assert (await short).results == [40]
-            assert len(engine.batches) <= 3, "the pass at hand, and the next one"
+            assert engine.batches[1] == [20] or engine.batches[2] == [20]
             assert not long.done()
             assert (await long).results == [1000] * 120
+
+    run(test)
+
+
+def test_batches_of_long_requests_are_small_while_short_ones_come():
+    async def test() -> None:
+        engine = Engine()
+        async with batcher_of(engine, max_batch=2048, max_queue=10**6) as batcher:
+            long = asyncio.create_task(batcher.submit([60] * 1000))
+            await ticks()
+            short = asyncio.create_task(batcher.submit([20]))
+            for _ in range(5):
+                await short
+                short = asyncio.create_task(batcher.submit([20]))
+            await asyncio.gather(long, short)
+        sizes = [sum(batch) for batch in engine.batches]
+        with_short = [i for i, batch in enumerate(engine.batches) if 20 in batch]
+        assert len(with_short) == 6
+        assert all(sizes[i] <= 128 for i in with_short), "filled up to where it costs nothing"
+        assert all(sizes[i + 1] <= 256 for i in with_short[:-1])
+        assert max(sizes) > 2000, "alone, they are full"
+        assert all(b - a == 2 for a, b in pairwise(with_short)), "in turn"
 
     run(test)
 
@@ -342,8 +365,7 @@ def test_many_small_items_are_a_long_request_too():
             assert not tasks[0].done()
             assert not tasks[2].done()
             await asyncio.gather(*tasks)
-        assert engine.batches[1] == [10] * 10, "50 of the first, 20 of the second, 30 of the third"
-        assert len(engine.batches) <= 1 + 21 + 1
+        assert engine.batches[1] == [10] * 10, "30 of the short ones, and no more than is free"
 
     run(test)
 
