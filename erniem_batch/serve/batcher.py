@@ -21,7 +21,7 @@ from erniem_batch.errors import ErnieMBatchError
 # As many as a window has. Requests with more are long.
 TURN_TOKENS = 512
 # Part of a full batch that long requests get while short ones come, and so many seconds after.
-BESIDE_SHORT = 8
+BESIDE_SHORT = 16
 COMPANY_S = 1.0
 # So many times as many tokens of follow-ups may wait as of new requests.
 FOLLOW_UP_SHARE = 4
@@ -310,33 +310,24 @@ class Batcher(Generic[Item, Result]):
         return True
 
     def _next_batch(self) -> list[_Waiting[Item, Result]]:
-        """Items of the requests in turn, as many as fit, and at least one."""
+        """Items of short requests or of long ones, in turn."""
         share = math.ceil(self.n_waiting_tokens / (1 + self.device.n_free))
         budget = min(self.max_batch_tokens, max(share, self.lane_tokens))
         self._long_was_last = not self._short or bool(self._long and not self._long_was_last)
         if not self._long_was_last:
-            batch = self._take(self._short, budget)
-            # Fewer tokens take nearly as long.
-            least = min(budget, self.lane_tokens) - sum(entry.length for entry in batch)
-            return batch + self._take(self._long, least, may_be_empty=True)
+            return self._take(self._short, budget)
         if time.monotonic() - self._last_short < COMPANY_S:
             budget = min(budget, max(self.lane_tokens, self.max_batch_tokens // BESIDE_SHORT))
         return self._take(self._long, budget)
 
     def _take(
-        self, turns: deque[_Request[Item, Result]], left: int, may_be_empty: bool = False
+        self, turns: deque[_Request[Item, Result]], left: int
     ) -> list[_Waiting[Item, Result]]:
-        """Items of some requests in turn that fit in what is left of a batch.
-
-        Args:
-            may_be_empty: else the first item is taken however long it is.
-        """
+        """Items of some requests in turn, as many as fit, and at least one."""
         batch: list[_Waiting[Item, Result]] = []
-        must = not may_be_empty
-        while turns and (must or turns[0].waiting[0].length <= left):
+        while turns and (not batch or turns[0].waiting[0].length <= left):
             request = turns.popleft()
-            some = self._take_turn(request, left, must)
-            must = False
+            some = self._take_turn(request, left, not batch)
             left -= sum(entry.length for entry in some)
             batch += some
             if request.waiting:

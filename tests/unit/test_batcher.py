@@ -343,8 +343,8 @@ def test_batches_of_long_requests_are_small_while_short_ones_come():
         sizes = [sum(batch) for batch in engine.batches]
         with_short = [i for i, batch in enumerate(engine.batches) if 20 in batch]
         assert len(with_short) == 6
-        assert all(sizes[i] <= 128 for i in with_short), "filled up to where it costs nothing"
-        assert all(sizes[i + 1] <= 256 for i in with_short[:-1])
+        assert all(sizes[i] == 20 for i in with_short)
+        assert all(sizes[i + 1] <= 128 for i in with_short[:-1])
         assert max(sizes) > 2000, "alone, they are full"
         assert all(b - a == 2 for a, b in pairwise(with_short)), "in turn"
 
@@ -365,7 +365,8 @@ def test_many_small_items_are_a_long_request_too():
             assert not tasks[0].done()
             assert not tasks[2].done()
             await asyncio.gather(*tasks)
-        assert engine.batches[1] == [10] * 10, "30 of the short ones, and no more than is free"
+        assert engine.batches[1] == [10] * 3, "short ones by themselves"
+        assert engine.batches[2] == [10] * 10, "of both long ones, 50 each"
 
     run(test)
 
