@@ -365,8 +365,8 @@ def test_many_small_items_are_a_long_request_too():
             assert not tasks[0].done()
             assert not tasks[2].done()
             await asyncio.gather(*tasks)
-        assert engine.batches[1] == [10] * 3, "short ones by themselves"
-        assert engine.batches[2] == [10] * 10, "of both long ones, 50 each"
+        assert engine.batches[2] == [10] * 3, "short ones by themselves"
+        assert engine.batches[1] == [10] * 10, "of both long ones, 50 each"
 
     run(test)
 
