@@ -43,6 +43,11 @@ class Work:
     n_spans: int = field(default=0, init=False)
     is_cancelled: bool = field(default=False, init=False)
 
+    def start(self) -> None:
+        """Begins with a row; counts of an earlier run of the same row do not matter."""
+        self.check()
+        self.n_tokens = self.n_windows = self.n_spans = 0
+
     def charge(self, n_tokens: int, n_windows: int) -> None:
         """Adds windows that are about to be built.
 
@@ -98,6 +103,10 @@ class RequestWork(Work):
     """The same for all items of a request together; above a limit, the request is refused."""
 
     max_spans: int = MAX_REQUEST_SPANS
+
+    def start(self) -> None:
+        """Begins with one item of the request, which adds to what the others made."""
+        self.check()
 
     def _error(self, came: str, most: int) -> ErnieMBatchError:
         return RequestTooLargeError(

@@ -328,7 +328,7 @@ class Engine:
 
     def _runner(self, ask: Ask) -> "Runner":
         """Where the steps of a request run: on the event loop, or in threads for its size."""
-        texts = [(item["text"], item["fields"]) for item in ask.items[:LONG_TEXT]]
+        texts = [(item["text"], item["fields"]) for item in ask.items]
         n_characters = _n_characters([ask.options, texts], LONG_TEXT)
         if _is_plain(ask) and n_characters <= SMALL_TEXT:
             return _directly

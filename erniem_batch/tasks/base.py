@@ -116,7 +116,7 @@ class Task(ABC):
         texts = [record.text if isinstance(record.text, str) else "" for record in records]
         tokens = self.tokenizer.encode_batch(texts)
         for i, record in enumerate(records):
-            record.work.check()
+            record.work.start()
             try:
                 require_string(record.text, self.text_name)
                 item: Encoded | Failure = read(i, record, tokens.of(i))

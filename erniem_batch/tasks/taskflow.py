@@ -90,6 +90,7 @@ class TaskflowTask(ItemTask):
     def encode(self, records: Sequence[Record]) -> Iterator[Encoded | Failure]:
         """Windows of the first level of each call."""
         for record in records:
+            record.work.start()
             try:
                 texts = record.text if isinstance(record.text, list) else [record.text]
                 for text in texts:

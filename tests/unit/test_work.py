@@ -137,6 +137,13 @@ def test_the_real_limit_of_a_row_is_checked_before_memory_is_asked_for(load):
     assert "at most 16777216 a row" in failed.reason
 
 
+def test_a_row_may_be_read_again_and_again(load):
+    predictor = load("extract", ExtractOptions(schema="a", schema_lang="en"))
+    record = small("0", "in Berlin und London", 50)
+    outcomes = [predictor.predict([record])[0] for _ in range(10)]
+    assert all(isinstance(outcome, Prediction) for outcome in outcomes)
+
+
 def test_follow_up_questions_are_charged_before_they_are_put_together(load):
     options = ExtractOptions(
         schema={"a": {"b": {"c": {"d": "e"}}}}, position_prob=0, schema_lang="en"
