@@ -10,7 +10,7 @@ come: so a short request waits for a short pass, never for all of a long request
 import asyncio
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Self, TypeVar, cast
@@ -23,8 +23,8 @@ TURN_TOKENS = 512
 # Part of a full batch that long requests get while short ones come, and so many seconds after.
 BESIDE_SHORT = 16
 COMPANY_S = 1.0
-# So many times as many tokens of follow-ups may wait as of new requests.
-FOLLOW_UP_SHARE = 4
+# How many times `max_queue_tokens` may wait, by kinds of requests, each with room of its own.
+SHARES = {"short": 1, "long": 1, "follow-up": 4}
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -82,6 +82,7 @@ class _Request(Generic[Item, Result]):
     """Items that came together, and are answered together.
 
     Attributes:
+        kind: one of SHARES.
         waiting: items that no pass has taken yet, which have n_tokens tokens.
         n_left: results that are missing.
         computed: seconds of its passes.
@@ -90,7 +91,7 @@ class _Request(Generic[Item, Result]):
     future: asyncio.Future[Served[Result]]
     results: list[Result | None]
     n_left: int
-    is_follow_up: bool
+    kind: str
     waiting: "deque[_Waiting[Item, Result]]" = field(default_factory=deque)
     n_tokens: int = 0
     computed: float = 0.0
@@ -166,9 +167,10 @@ class Batcher(Generic[Item, Result]):
         length: tokens of an item, as the model computes it.
         padding: how many of them are padding.
         max_batch_tokens: of a batch; an item above it goes alone.
-        max_queue_tokens: of all that waits; a request above it by itself is taken if nothing else
-            waits. Follow-ups are counted apart, see `submit`.
-        turn_tokens: that a request adds to a batch before the next request has its turn.
+        max_queue_tokens: of all that waits, of short and of long requests each (see SHARES); a
+            request above it by itself is taken if nothing else of its kind waits.
+        turn_tokens: that a request adds to a batch before the next request has its turn. Requests
+            with more are long.
         lane_tokens: what waits is shared among free lanes, but in batches of no fewer tokens.
         on_batch: told of every pass.
         device: where they run.
@@ -191,8 +193,7 @@ class Batcher(Generic[Item, Result]):
     _long: deque[_Request[Item, Result]] = field(default_factory=deque, init=False)
     _long_was_last: bool = field(default=True, init=False)
     _last_short: float = field(default=-math.inf, init=False)
-    _n_new: int = field(default=0, init=False)
-    _n_follow_up: int = field(default=0, init=False)
+    _n_tokens: Counter[str] = field(default_factory=Counter, init=False)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event, init=False)
     _closing: bool = field(default=False, init=False)
     _worker: asyncio.Task[None] | None = field(default=None, init=False)
@@ -214,7 +215,7 @@ class Batcher(Generic[Item, Result]):
     @property
     def n_waiting_tokens(self) -> int:
         """Of all items that no pass has taken yet."""
-        return self._n_new + self._n_follow_up
+        return self._n_tokens.total()
 
     @property
     def _waits(self) -> bool:
@@ -229,9 +230,8 @@ class Batcher(Generic[Item, Result]):
         """One result for each item. Cancelled, its items leave the queue.
 
         Args:
-            is_follow_up: they belong to a request that was accepted before. They are refused only
-                where FOLLOW_UP_SHARE times `max_queue_tokens` of follow-ups wait, and take no room
-                from new requests.
+            is_follow_up: they belong to a request that was accepted before, and take no room from
+                new requests.
 
         Raises:
             QueueFullError: nothing was accepted.
@@ -243,13 +243,15 @@ class Batcher(Generic[Item, Result]):
         if not items:
             return Served([], 0.0)
         lengths = [self.length(item) for item in items]
-        self._require_room(sum(lengths), is_follow_up)
+        is_long = sum(lengths) > self.turn_tokens
+        kind = "follow-up" if is_follow_up else "long" if is_long else "short"
+        self._require_room(kind, sum(lengths))
         future: asyncio.Future[Served[Result]] = asyncio.get_running_loop().create_future()
-        request = _Request[Item, Result](future, [None] * len(items), len(items), is_follow_up)
+        request = _Request[Item, Result](future, [None] * len(items), len(items), kind)
         now = time.monotonic()
         for place, (item, length) in enumerate(zip(items, lengths, strict=True)):
             request.waiting.append(_Waiting(item, length, request, place, now))
-        if sum(lengths) > self.turn_tokens:
+        if is_long:
             self._long.append(request)
         else:
             self._short.append(request)
@@ -269,20 +271,16 @@ class Batcher(Generic[Item, Result]):
         if self._worker is not None:
             await self._worker
 
-    def _require_room(self, n_tokens: int, is_follow_up: bool) -> None:
-        """Raises a QueueFullError if so many tokens would be too many."""
-        waiting = self._n_follow_up if is_follow_up else self._n_new
-        most = self.max_queue_tokens * (FOLLOW_UP_SHARE if is_follow_up else 1)
-        if waiting and waiting + n_tokens > most:
+    def _require_room(self, kind: str, n_tokens: int) -> None:
+        """Raises a QueueFullError if so many tokens of a kind would be too many."""
+        waiting = self._n_tokens[kind]
+        if waiting and waiting + n_tokens > SHARES[kind] * self.max_queue_tokens:
             raise QueueFullError(self._seconds_for(self.n_waiting_tokens))
 
     def _count(self, request: _Request[Item, Result], n_tokens: int) -> None:
         """Adds tokens to those of a request that wait; takes them away if there are less than 0."""
         request.n_tokens += n_tokens
-        if request.is_follow_up:
-            self._n_follow_up += n_tokens
-        else:
-            self._n_new += n_tokens
+        self._n_tokens[request.kind] += n_tokens
 
     # ---- the worker ---------------------------------------------------------------------------
 

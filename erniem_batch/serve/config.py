@@ -57,7 +57,8 @@ class ModelConfig(Strict):
             PredictorConfig.
         num_cpus, num_gpus: of a replica. Threads of a forward pass are num_cpus, rounded up.
         replicas: a number, or how it grows and shrinks.
-        max_queue_tokens: that may wait at a replica; beyond it, requests are told to come again.
+        max_queue_tokens: that may wait at a replica, of short requests (up to 512 tokens) and of
+            longer ones each; beyond it, requests are told to come again.
         max_request_tokens: of all windows that one request makes, follow-up questions included;
             larger requests are answered by 413. Default: max_queue_tokens, but at least 65,536.
         hang_s: a forward pass that takes longer means that the replica is replaced.

@@ -371,6 +371,28 @@ def test_many_small_items_are_a_long_request_too():
     run(test)
 
 
+def test_a_long_request_that_fills_the_queue_refuses_no_short_one():
+    async def test() -> None:
+        engine = Engine()
+        async with batcher_of(engine, max_queue=1000) as batcher:
+            engine.free.clear()
+            running = asyncio.create_task(batcher.submit([1]))
+            await ticks()
+            long = asyncio.create_task(batcher.submit([100] * 10))
+            await ticks()
+            with pytest.raises(QueueFullError):
+                await batcher.submit([100] * 6)
+            short = [asyncio.create_task(batcher.submit([100])) for _ in range(10)]
+            await ticks()
+            with pytest.raises(QueueFullError):
+                await batcher.submit([1])
+            engine.free.set()
+            await asyncio.gather(running, long, *short)
+        assert batcher.n_waiting_tokens == 0
+
+    run(test)
+
+
 def test_follow_ups_take_no_room_from_others_and_have_a_limit_of_their_own():
     async def test() -> None:
         engine = Engine()
