@@ -44,6 +44,8 @@ FIRST_WAIT_S = 1.0
 LONGEST_WAIT_S = 60.0
 TIMEOUT_HEADER = "x-request-timeout-seconds"
 REQUEST_ID_HEADER = "x-request-id"
+# Of a request whose items make too much work together: fewer may be taken.
+REQUEST_TOO_LARGE = "request_too_large"
 
 
 class ServiceError(ErnieMBatchError):
@@ -259,7 +261,7 @@ R = TypeVar("R", bound=Result)
 # What reading JSON of another form than expected raises.
 MISREAD = (AttributeError, KeyError, TypeError, ValueError)
 # Codes of refusals that say nothing of an item, and are about the only one there is.
-TOO_LARGE = ("body_too_large", "too_many_values", "too_many_characters")
+TOO_LARGE = ("body_too_large", "too_many_values", "too_many_characters", REQUEST_TOO_LARGE)
 
 
 def _made(cls: Any, values: Mapping[str, Any]) -> Any:
@@ -306,6 +308,21 @@ class _Call(Generic[R]):
     def body(self) -> bytes:
         """The request."""
         return b",".join(self.parts).join(self.frame)
+
+    def is_too_large(self, response: httpx.Response) -> bool:
+        """Whether the service refused the items together and may take half of them."""
+        is_refused = response.status_code == 413 and len(self.parts) > 1
+        return is_refused and _refusal(response).code == REQUEST_TOO_LARGE
+
+    def halves(self) -> "list[_Call[R]]":
+        """Two requests, for half of the items each."""
+        n = len(self.parts) // 2
+        first, second = (
+            _Call(self.kind, self.path, self.frame, self.first + start, self.ids[some],
+                  self.parts[some])
+            for start, some in ((0, slice(n)), (n, slice(n, None)))
+        )  # fmt: skip
+        return [first, second]
 
     def results(self, response: httpx.Response) -> list[R | Failed]:
         """What the answer says of each item.
@@ -645,7 +662,13 @@ class Client(_Service):
             if isinstance(call, Failed):
                 yield call
             else:
-                yield from call.results(self._send("POST", call.path, call.body))
+                yield from self._answer(call)
+
+    def _answer(self, call: _Call[R]) -> list[R | Failed]:
+        response = self._send("POST", call.path, call.body)
+        if call.is_too_large(response):
+            return [result for half in call.halves() for result in self._answer(half)]
+        return call.results(response)
 
     def _send(self, method: str, path: str, body: bytes | None = None) -> httpx.Response:
         try:
@@ -769,7 +792,10 @@ class AsyncClient(_Service):
     async def _answer(self, call: _Call[R] | Failed) -> Sequence[R | Failed]:
         if isinstance(call, Failed):
             return [call]
-        return call.results(await self._send("POST", call.path, call.body))
+        response = await self._send("POST", call.path, call.body)
+        if call.is_too_large(response):
+            return [result for half in call.halves() for result in await self._answer(half)]
+        return call.results(response)
 
     async def _send(self, method: str, path: str, body: bytes | None = None) -> httpx.Response:
         try:

@@ -5,6 +5,8 @@ ErnieMBatchError
 │   └── DamagedFile    a file of a run folder cannot be read; the message names file and remedy
 ├── CheckpointError    a model folder is incomplete, damaged or of another shape
 ├── RecordError        one record is unusable; becomes a Failure, never stops a job
+├── RequestTooLargeError  one request makes more work than is allowed; it is refused as a whole
+├── WorkCancelledError     nobody waits for a request any more
 ├── DeviceError        the device can no longer be used; the process must end
 ├── StorageError       files cannot be listed, read or written; what was tried and why it failed
 │   └── Conflict       somebody else changed a control file first
@@ -35,6 +37,14 @@ class CheckpointError(ErnieMBatchError):
 
 class RecordError(ErnieMBatchError):
     """One record cannot be processed."""
+
+
+class RequestTooLargeError(ErnieMBatchError):
+    """One request makes more work than one request may make."""
+
+
+class WorkCancelledError(ErnieMBatchError):
+    """Nobody waits for the result of a request any more."""
 
 
 class DeviceError(ErnieMBatchError):

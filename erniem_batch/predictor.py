@@ -49,7 +49,13 @@ MAX_REASON_CHARS = 300
 
 # Of the model for each window.
 Rows = FloatArray | Failure
-Rounds = Generator[list[Window], Sequence[Rows], list[Outcome]]
+# Gives windows to be computed, or None: a pause in which others may have their turn.
+Rounds = Generator[list[Window] | None, Sequence[Rows] | None, list[Outcome]]
+
+# Records are computed together until their windows have so many tokens, or are so many: what a call
+# holds in memory depends on these, not on its number of records.
+GROUP_TOKENS = 1 << 22
+GROUP_WINDOWS = 1 << 17
 
 
 def usable_device(name: str | None) -> torch.device:
@@ -166,47 +172,91 @@ class Predictor:
         try:
             windows = next(rounds)
             while True:
-                windows = rounds.send(self.forward(windows))
+                windows = rounds.send(None if windows is None else self.forward(windows))
         except StopIteration as end:
             outcomes: list[Outcome] = end.value
             return outcomes
 
-    def rounds(self, records: Sequence[Record]) -> Rounds:
-        """The way of records for those who have windows computed elsewhere, in passes with others:
-        gives windows, takes what `forward` says of them, and returns the outcomes, as `predict`.
+    def rounds(self, records: Sequence[Record], slice_characters: int | None = None) -> Rounds:
+        """Coroutine form of `predict` for callers that run the forward pass themselves: yields
+        windows, is sent what `forward` gives for them, and returns the outcomes.
+
+        Between two records it yields None, and is sent None: the caller may do something else
+        first.
+
+        Args:
+            slice_characters: of the texts that are tokenized at a time; None: all at once.
+
+        Raises:
+            RequestTooLargeError, WorkCancelledError: see `Work`.
         """
         answered: dict[int, Outcome] = {}
+        items = enumerate(self._encode_in_turn(records, slice_characters))
+        while len(answered) < len(records):
+            waiting = yield from self._group(items, answered)
+            while waiting:  # once, unless the task has follow-up questions
+                outputs = yield [w for _, item in waiting for w in item.windows]
+                waiting = yield from self._decode_group(waiting, iter(outputs or ()), answered)
+        return [answered[i] for i in range(len(records))]
+
+    def _group(
+        self, items: Iterator[tuple[int, Encoded | Failure]], answered: dict[int, Outcome]
+    ) -> Generator[None, Any, list[tuple[int, Encoded]]]:
+        """The next records, as many as are computed together."""
         waiting: list[tuple[int, Encoded]] = []
-        for i, item in enumerate(self.encode(records)):
+        n_tokens = n_windows = 0
+        for i, item in items:
             if isinstance(item, Failure):
                 answered[i] = item
-            else:
-                waiting.append((i, item))
-        while waiting:  # once, unless the task has follow-up questions
-            outputs = iter((yield [w for _, item in waiting for w in item.windows]))
-            asking = []
+                continue
+            waiting.append((i, item))
+            n_windows += len(item.windows)
+            n_tokens += sum(len(window.ids) for window in item.windows)
+            if n_tokens >= GROUP_TOKENS or n_windows >= GROUP_WINDOWS:
+                break
+            yield None
+        return waiting
+
+    def _decode_group(
+        self,
+        waiting: Sequence[tuple[int, Encoded]],
+        outputs: Iterator[Rows],
+        answered: dict[int, Outcome],
+    ) -> Generator[None, Any, list[tuple[int, Encoded]]]:
+        """Decodes a group; the records that have more to ask."""
+        asking = []
+        for i, item in waiting:
             with self._timed("decode"):
-                for i, item in waiting:
-                    outcome = self.decode(item, list(islice(outputs, len(item.windows))))
-                    if isinstance(outcome, Encoded):
-                        asking.append((i, outcome))
-                    else:
-                        answered[i] = outcome
-            waiting = asking
-        return [answered[i] for i in range(len(records))]
+                outcome = self.decode(item, list(islice(outputs, len(item.windows))))
+            if isinstance(outcome, Encoded):
+                asking.append((i, outcome))
+            else:
+                answered[i] = outcome
+            yield None
+        return asking
 
     def encode(self, records: Sequence[Record]) -> list[Encoded | Failure]:
         """Tokens and windows of each record."""
-        with self._timed("encode"):
-            if self.config.detect_language:
-                records = detect_languages(records)
-            encoded = self.task.encode(records)
-        with self._counting:
-            self.counters.records += len(records)
-            for item in encoded:
-                if isinstance(item, Encoded):
-                    self.counters.tokens += item.n_tokens
-        return encoded
+        return list(self._encode_in_turn(records))
+
+    def _encode_in_turn(
+        self, records: Sequence[Record], slice_characters: int | None = None
+    ) -> Iterator[Encoded | Failure]:
+        """The same lazily: windows of a record are built when it is asked for."""
+        for some in _slices(records, slice_characters):
+            with self._timed("encode"):
+                if self.config.detect_language:
+                    some = detect_languages(some)
+                items = self.task.encode(some)
+            while True:
+                with self._timed("encode"):
+                    item = next(items, None)
+                if item is None:
+                    break
+                with self._counting:
+                    self.counters.records += 1
+                    self.counters.tokens += item.n_tokens if isinstance(item, Encoded) else 0
+                yield item
 
     def forward(self, windows: Sequence[Window]) -> list[Rows]:
         """The model's rows for each window, padding cut off: (tokens, columns), float32.
@@ -410,6 +460,23 @@ class Predictor:
         finally:
             with self._counting:
                 self.counters.seconds[phase] += time.perf_counter() - started
+
+
+def _slices(records: Sequence[Record], n_characters: int | None) -> Iterator[Sequence[Record]]:
+    """Records in order, in slices whose texts have about so many characters; None: in one."""
+    if n_characters is None:
+        yield records
+        return
+    some: list[Record] = []
+    total = 0
+    for record in records:
+        some.append(record)
+        total += len(record.text) if isinstance(record.text, str) else 0
+        if total >= n_characters:
+            yield some
+            some, total = [], 0
+    if some:
+        yield some
 
 
 class _Store:

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from erniem_batch.work import Work
+
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 
@@ -21,11 +23,13 @@ class Record:
             but a string makes the record fail.
         fields: what else the task reads, by name: `text_pair`, `question`, `choices`, `schema`;
             and `language`, for thresholds.
+        work: counts what it makes the model do; all items of a request share one.
     """
 
     id: str
     text: Any
     fields: Mapping[str, Any] = field(default_factory=dict)
+    work: Work = field(default_factory=Work, repr=False, compare=False)
 
     @property
     def language(self) -> str | None:

@@ -8,7 +8,7 @@ import base64
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -78,7 +78,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": Refused, "description": "The body is not JSON."},
     401: {"model": Refused, "description": "No bearer token, or an unknown one."},
     404: {"model": Refused, "description": "No such model, or none for this task."},
-    413: {"model": Refused, "description": "The body is too large."},
+    413: {"model": Refused, "description": "The body, or the work it makes, is too large."},
     422: {"model": Refused, "description": "A field is wrong, or the only item unusable."},
     429: {"model": Refused, "description": "Too much waits; see Retry-After."},
     500: {"model": Refused, "description": "A fault of the service."},
@@ -96,7 +96,7 @@ class Backend(Protocol):
     async def close(self) -> None:
         """Ends it, when what was accepted is answered."""
 
-    async def answer(self, ask: Ask) -> Served | Refusal:
+    def answer(self, ask: Ask) -> Coroutine[Any, Any, Served | Refusal]:
         """What a request gets."""
 
     async def card(self) -> dict[str, Any]:
@@ -189,7 +189,7 @@ class _Service:
             raise Refuse(Refusal(413, "too_many_items", message, "inputs"))
         name = self._model_for(task, model)
         ask = Ask(task, items, options, self._seconds(request))
-        answer = await self.backends[name].answer(ask)
+        answer = await _while_connected(request, self.backends[name].answer(ask))
         if isinstance(answer, Refusal):
             raise Refuse(answer)
         return name, answer
@@ -214,6 +214,27 @@ class _Service:
         except ValueError:
             return ours
         return min(ours, OUR_SHARE * asked) if asked > 0 else ours
+
+
+async def _while_connected(
+    request: Request, answer: Coroutine[Any, Any, Served | Refusal]
+) -> Served | Refusal:
+    """The answer. If the client goes away first, it is cancelled, and nothing more is computed."""
+    asking = asyncio.create_task(answer)
+    leaving = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait((asking, leaving), return_when=asyncio.FIRST_COMPLETED)
+        gone = Refusal(UNANSWERED, "client_gone", "the client went away")
+        return asking.result() if asking.done() else gone
+    finally:
+        asking.cancel()
+        leaving.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    """Returns when the client has gone away."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 # ---- models -------------------------------------------------------------------------------------

@@ -2,18 +2,29 @@
 
 While the device is busy, what arrives waits; when a pass ends, the next batch is made of what
 waits. So a lonely request never waits for company, and a busy server fills its batches by itself.
+Requests take turns: each adds at most so many tokens to a batch before the next one does. Short and
+long requests also take turns, a batch each, and batches of long ones are small while short ones
+come: so a short request waits for a short pass, never for all of a long request.
 """
 
 import asyncio
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Self, TypeVar, cast
 
 from erniem_batch.batching import LEAST_TOKENS
 from erniem_batch.errors import ErnieMBatchError
+
+# As many as a window has. Requests with more are long.
+TURN_TOKENS = 512
+# Part of a full batch that long requests get while short ones come, and so many seconds after.
+BESIDE_SHORT = 16
+COMPANY_S = 1.0
+# How many times `max_queue_tokens` may wait, by kinds of requests, each with room of its own.
+SHARES = {"short": 1, "long": 1, "follow-up": 4}
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -67,12 +78,22 @@ class Served(Generic[Result]):
 
 
 @dataclass(slots=True, eq=False)
-class _Request(Generic[Result]):
-    """Items that came together, and are answered together."""
+class _Request(Generic[Item, Result]):
+    """Items that came together, and are answered together.
+
+    Attributes:
+        kind: one of SHARES.
+        waiting: items that no pass has taken yet, which have n_tokens tokens.
+        n_left: results that are missing.
+        computed: seconds of its passes.
+    """
 
     future: asyncio.Future[Served[Result]]
     results: list[Result | None]
     n_left: int
+    kind: str
+    waiting: "deque[_Waiting[Item, Result]]" = field(default_factory=deque)
+    n_tokens: int = 0
     computed: float = 0.0
 
     @property
@@ -85,7 +106,7 @@ class _Request(Generic[Result]):
 class _Waiting(Generic[Item, Result]):
     item: Item
     length: int
-    request: _Request[Result]
+    request: _Request[Item, Result]
     place: int
     since: float
 
@@ -138,7 +159,7 @@ class Device:
 
 @dataclass(eq=False)
 class Batcher(Generic[Item, Result]):
-    """Batches within a budget of tokens, first come, first served.
+    """Batches within a budget of tokens, made of the requests in turn.
 
     Attributes:
         forward: computes a batch on so many lanes: one result for each item, in order. It must
@@ -146,8 +167,10 @@ class Batcher(Generic[Item, Result]):
         length: tokens of an item, as the model computes it.
         padding: how many of them are padding.
         max_batch_tokens: of a batch; an item above it goes alone.
-        max_queue_tokens: of all that waits; a request above it by itself is taken if nothing else
-            waits.
+        max_queue_tokens: of all that waits, of short and of long requests each (see SHARES); a
+            request above it by itself is taken if nothing else of its kind waits.
+        turn_tokens: that a request adds to a batch before the next request has its turn. Requests
+            with more are long.
         lane_tokens: what waits is shared among free lanes, but in batches of no fewer tokens.
         on_batch: told of every pass.
         device: where they run.
@@ -163,10 +186,14 @@ class Batcher(Generic[Item, Result]):
     max_queue_tokens: int
     padding: Callable[[Item], int] = lambda item: 0
     lane_tokens: int = LEAST_TOKENS
+    turn_tokens: int = TURN_TOKENS
     on_batch: Callable[[BatchReport], None] = lambda report: None
     device: Device = field(default_factory=Device)
-    _queue: deque[_Waiting[Item, Result]] = field(default_factory=deque, init=False)
-    _n_tokens: int = field(default=0, init=False)
+    _short: deque[_Request[Item, Result]] = field(default_factory=deque, init=False)
+    _long: deque[_Request[Item, Result]] = field(default_factory=deque, init=False)
+    _long_was_last: bool = field(default=True, init=False)
+    _last_short: float = field(default=-math.inf, init=False)
+    _n_tokens: Counter[str] = field(default_factory=Counter, init=False)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event, init=False)
     _closing: bool = field(default=False, init=False)
     _worker: asyncio.Task[None] | None = field(default=None, init=False)
@@ -188,18 +215,23 @@ class Batcher(Generic[Item, Result]):
     @property
     def n_waiting_tokens(self) -> int:
         """Of all items that no pass has taken yet."""
-        return self._n_tokens
+        return self._n_tokens.total()
+
+    @property
+    def _waits(self) -> bool:
+        return bool(self._short or self._long)
 
     @property
     def busy_for(self) -> float:
         """Seconds that the oldest pass at hand has taken so far; 0 between passes."""
         return time.monotonic() - min(self._passes.values()) if self._passes else 0.0
 
-    async def submit(self, items: Sequence[Item], *, accepted: bool = False) -> Served[Result]:
+    async def submit(self, items: Sequence[Item], *, is_follow_up: bool = False) -> Served[Result]:
         """One result for each item. Cancelled, its items leave the queue.
 
         Args:
-            accepted: they belong to a request that was accepted before, so room is not asked for.
+            is_follow_up: they belong to a request that was accepted before, and take no room from
+                new requests.
 
         Raises:
             QueueFullError: nothing was accepted.
@@ -211,14 +243,20 @@ class Batcher(Generic[Item, Result]):
         if not items:
             return Served([], 0.0)
         lengths = [self.length(item) for item in items]
-        if not accepted and self._queue and self._n_tokens + sum(lengths) > self.max_queue_tokens:
-            raise QueueFullError(self._seconds_for(self._n_tokens))
+        is_long = sum(lengths) > self.turn_tokens
+        kind = "follow-up" if is_follow_up else "long" if is_long else "short"
+        self._require_room(kind, sum(lengths))
         future: asyncio.Future[Served[Result]] = asyncio.get_running_loop().create_future()
-        request = _Request[Result](future, [None] * len(items), len(items))
+        request = _Request[Item, Result](future, [None] * len(items), len(items), kind)
         now = time.monotonic()
         for place, (item, length) in enumerate(zip(items, lengths, strict=True)):
-            self._queue.append(_Waiting(item, length, request, place, now))
-        self._n_tokens += sum(lengths)
+            request.waiting.append(_Waiting(item, length, request, place, now))
+        if is_long:
+            self._long.append(request)
+        else:
+            self._short.append(request)
+            self._last_short = now
+        self._count(request, sum(lengths))
         self._arrived.set()
         try:
             return await future
@@ -233,17 +271,28 @@ class Batcher(Generic[Item, Result]):
         if self._worker is not None:
             await self._worker
 
+    def _require_room(self, kind: str, n_tokens: int) -> None:
+        """Raises a QueueFullError if so many tokens of a kind would be too many."""
+        waiting = self._n_tokens[kind]
+        if waiting and waiting + n_tokens > SHARES[kind] * self.max_queue_tokens:
+            raise QueueFullError(self._seconds_for(self.n_waiting_tokens))
+
+    def _count(self, request: _Request[Item, Result], n_tokens: int) -> None:
+        """Adds tokens to those of a request that wait; takes them away if there are less than 0."""
+        request.n_tokens += n_tokens
+        self._n_tokens[request.kind] += n_tokens
+
     # ---- the worker ---------------------------------------------------------------------------
 
     async def _work(self) -> None:
         while await self._something_waits():
             # The batch is made when it can run: until then more of its kind arrive.
             await self.device.take()
-            if not self._queue:  # who asked has gone
+            if not self._waits:  # who asked has gone
                 self.device.give(1)
                 continue
             batch = self._next_batch()
-            n_lanes = 1 if self._queue else 1 + self.device.take_rest()
+            n_lanes = 1 if self._waits else 1 + self.device.take_rest()
             running = asyncio.create_task(self._run(batch, n_lanes), name="pass")
             self._passes[running] = time.monotonic()
             running.add_done_callback(self._passes.pop)
@@ -251,7 +300,7 @@ class Batcher(Generic[Item, Result]):
 
     async def _something_waits(self) -> bool:
         """Returns when there is something to do; False: there never will be."""
-        while not self._queue:
+        while not self._waits:
             if self._closing:
                 return False
             self._arrived.clear()
@@ -259,16 +308,48 @@ class Batcher(Generic[Item, Result]):
         return True
 
     def _next_batch(self) -> list[_Waiting[Item, Result]]:
-        """The oldest item, and those after it that fit."""
-        share = math.ceil(self._n_tokens / (1 + self.device.n_free))
+        """Items of short requests or of long ones, in turn."""
+        share = math.ceil(self.n_waiting_tokens / (1 + self.device.n_free))
         budget = min(self.max_batch_tokens, max(share, self.lane_tokens))
-        batch = [self._queue.popleft()]
-        n_tokens = batch[0].length
-        while self._queue and n_tokens + self._queue[0].length <= budget:
-            batch.append(self._queue.popleft())
-            n_tokens += batch[-1].length
-        self._n_tokens -= n_tokens
+        self._long_was_last = not self._short or bool(self._long and not self._long_was_last)
+        if not self._long_was_last:
+            return self._take(self._short, budget)
+        if time.monotonic() - self._last_short < COMPANY_S:
+            budget = min(budget, max(self.lane_tokens, self.max_batch_tokens // BESIDE_SHORT))
+        return self._take(self._long, budget)
+
+    def _take(
+        self, turns: deque[_Request[Item, Result]], left: int
+    ) -> list[_Waiting[Item, Result]]:
+        """Items of some requests in turn, as many as fit, and at least one."""
+        batch: list[_Waiting[Item, Result]] = []
+        while turns and (not batch or turns[0].waiting[0].length <= left):
+            request = turns.popleft()
+            some = self._take_turn(request, left, not batch)
+            left -= sum(entry.length for entry in some)
+            batch += some
+            if request.waiting:
+                turns.append(request)
         return batch
+
+    def _take_turn(
+        self, request: _Request[Item, Result], left: int, is_first: bool
+    ) -> list[_Waiting[Item, Result]]:
+        """The next items of a request that fit in what is left of a batch, and in its turn.
+
+        Args:
+            is_first: the first item is taken however long it is.
+        """
+        waiting, some, n_tokens = request.waiting, list[_Waiting[Item, Result]](), 0
+        while waiting:
+            length = n_tokens + waiting[0].length
+            fits = length <= left and (not some or length <= self.turn_tokens)
+            if not fits and (some or not is_first):
+                break
+            some.append(waiting.popleft())
+            n_tokens = length
+        self._count(request, -n_tokens)
+        return some
 
     async def _run(self, batch: list[_Waiting[Item, Result]], n_lanes: int) -> None:
         started = time.monotonic()
@@ -308,16 +389,18 @@ class Batcher(Generic[Item, Result]):
                 n_items=len(batch),
                 n_tokens=n_tokens,
                 n_padding=sum(self.padding(entry.item) for entry in batch),
-                waited=started - batch[0].since,
+                waited=started - min(entry.since for entry in batch),
                 seconds=seconds,
             )
         )
 
     def _forget_finished(self) -> None:
         """Items of requests that failed or were given up need no pass."""
-        if any(entry.request.is_over for entry in self._queue):
-            self._queue = deque(entry for entry in self._queue if not entry.request.is_over)
-            self._n_tokens = sum(entry.length for entry in self._queue)
+        for request in [*self._short, *self._long]:
+            if request.is_over:
+                self._count(request, -request.n_tokens)
+        self._short = deque(request for request in self._short if not request.is_over)
+        self._long = deque(request for request in self._long if not request.is_over)
 
     def _seconds_for(self, n_tokens: int) -> float:
         """How long so many tokens will take, by what was seen."""

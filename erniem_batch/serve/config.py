@@ -19,6 +19,7 @@ from erniem_batch.options import TASKS, options_of
 TaskName = Literal["ner", "classify", "choose", "qa", "embed", "extract"]
 Positive = Annotated[int, Field(ge=1)]
 MAX_ONGOING_REQUESTS = 1024
+QUEUE_TOKENS = 65_536
 
 
 class Strict(BaseModel):
@@ -57,7 +58,10 @@ class ModelConfig(Strict):
             PredictorConfig.
         num_cpus, num_gpus: of a replica. Threads of a forward pass are num_cpus, rounded up.
         replicas: a number, or how it grows and shrinks.
-        max_queue_tokens: that may wait at a replica; beyond it, requests are told to come again.
+        max_queue_tokens: that may wait at a replica, of short requests (up to 512 tokens) and of
+            longer ones each; beyond it, requests are told to come again.
+        max_request_tokens: of all windows that one request makes, follow-up questions included;
+            larger requests are answered by 413. Default: max_queue_tokens, but at least 65,536.
         hang_s: a forward pass that takes longer means that the replica is replaced.
     """
 
@@ -73,7 +77,8 @@ class ModelConfig(Strict):
     num_cpus: Annotated[float, Field(ge=0)] = 1
     num_gpus: Annotated[float, Field(ge=0)] = 0
     replicas: Positive | Autoscaling = 1
-    max_queue_tokens: Positive = 65_536
+    max_queue_tokens: Positive = QUEUE_TOKENS
+    max_request_tokens: Positive | None = None
     hang_s: Annotated[float, Field(gt=0)] = 300
 
     @field_validator("tasks", mode="before")
@@ -91,6 +96,11 @@ class ModelConfig(Strict):
     def n_threads(self) -> int | None:
         """Of the forward passes of a replica; None: as torch likes."""
         return None if self.num_gpus else max(1, math.ceil(self.num_cpus))
+
+    @property
+    def request_tokens(self) -> int:
+        """Limit of `max_request_tokens`, whether it was given or not."""
+        return self.max_request_tokens or max(self.max_queue_tokens, QUEUE_TOKENS)
 
     @property
     def most_replicas(self) -> int:

@@ -9,8 +9,7 @@ import asyncio
 import json
 import logging
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +19,14 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from erniem_batch.errors import ConfigError, DeviceError, ErnieMBatchError, fault_of
+from erniem_batch.cache import ByteCache
+from erniem_batch.errors import (
+    ConfigError,
+    DeviceError,
+    ErnieMBatchError,
+    RequestTooLargeError,
+    fault_of,
+)
 from erniem_batch.model.fetch import model_digest
 from erniem_batch.predictor import Predictor, Rounds, Rows
 from erniem_batch.records import Failure, Outcome, Prediction, Record, Window
@@ -32,9 +38,9 @@ from erniem_batch.serve.batcher import (
     QueueFullError,
 )
 from erniem_batch.serve.config import ModelConfig
-from erniem_batch.serve.limits import SMALL_OPTIONS
 from erniem_batch.serve.models import load_predictors, model_folders
 from erniem_batch.text.length import normal_length
+from erniem_batch.work import RequestWork
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +48,23 @@ T = TypeVar("T")
 
 # For tokenizing and decoding; more would only wait for Python's lock.
 TEXT_THREADS = 2
-# Characters of a text that is read on the event loop itself.
+# For the same of large requests, which take turns there: others never wait for them.
+LONG_THREADS = 1
+# Characters of a request, options included, that is read on the event loop itself.
 SMALL_TEXT = 1000
 # Tokens of windows whose rows are decoded there.
 SMALL_TOKENS = 300
-# Sets of options that requests have brought, kept ready.
-MAX_OPTION_SETS = 256
+# Characters of one that is read in the threads for large requests.
+LONG_TEXT = 20_000
+# Seconds after which a thread turns to the next request, if a request allows it.
+SLICE_S = 0.005
+# Characters that are tokenized at a time, unless a single text has more.
+SLICE_CHARACTERS = 20_000
+# Sets of options that requests have brought, kept ready: 256, or fewer if they are large.
+OPTION_SETS_BYTES = 32 << 20
+LEAST_OPTION_SET_BYTES = OPTION_SETS_BYTES // 256
+# About how much memory a character of an option takes, parsed and tokenized.
+BYTES_PER_CHARACTER = 64
 # A first pass that takes longer never ends: then Serve tries with another process.
 WARM_UP_S = 120.0
 WARM_UP = {
@@ -131,10 +148,15 @@ class Engine:
     folders: Mapping[str, Path] = field(default_factory=dict)
     on_batch: Callable[[str, BatchReport, int], None] = lambda task, report, n_waiting: None
     _batchers: dict[str, Batcher[Window, Rows]] = field(default_factory=dict, init=False)
-    _variants: OrderedDict[str, Predictor] = field(default_factory=OrderedDict, init=False)
+    _variants: ByteCache[str, Predictor] = field(
+        default_factory=lambda: ByteCache(OPTION_SETS_BYTES), init=False
+    )
     _broken: str | None = field(default=None, init=False)
     _threads: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(TEXT_THREADS, "text"), init=False
+    )
+    _long_threads: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(LONG_THREADS, "long-text"), init=False
     )
 
     @classmethod
@@ -173,6 +195,7 @@ class Engine:
         for batcher in self._batchers.values():
             await batcher.close()
         self._threads.shutdown(wait=False)
+        self._long_threads.shutdown(wait=False)
         for predictor in self.predictors.values():
             predictor.close()
 
@@ -220,9 +243,13 @@ class Engine:
         if ask.task not in self._batchers:
             there = ", ".join(self.predictors)
             return Refusal(404, "no_such_task", f"{self.config.name} does {there}", "model")
+        limit = self.config.request_tokens
+        work = RequestWork(max_tokens=limit, max_windows=limit)
         try:
             async with asyncio.timeout(ask.seconds):
-                return await self._answer(ask)
+                return await self._answer(ask, work)
+        except RequestTooLargeError as error:
+            return Refusal(413, "request_too_large", str(error), "inputs")
         except TimeoutError:
             message = f"no answer within {ask.seconds:g} s: ask for less at a time, or later"
             return Refusal(504, "deadline_exceeded", message)
@@ -239,56 +266,54 @@ class Engine:
             fault = fault_of(error)
             logger.error("fault task=%s error=%s", ask.task, fault)
             return Refusal(500, "fault", fault)
+        finally:
+            # A thread that is still at work for it ends at its next step.
+            work.cancel()
 
     # ---- the way of a request -----------------------------------------------------------------
 
-    async def _answer(self, ask: Ask) -> Served:
+    async def _answer(self, ask: Ask, work: RequestWork) -> Served:
         timing = Timing()
-        predictor = await self._predictor(ask.task, ask.options)
-        rounds = predictor.rounds(
-            [Record(item["id"], item["text"], item["fields"]) for item in ask.items]
-        )
-        step = partial(self._directly if _is_small(ask) else self._in_thread, _next, predictor)
+        run = self._runner(ask)
         with _Clock(timing, "tokenize"):
-            windows, results = await step(rounds, None)
-        if sum(len(window.ids) for window in windows) > SMALL_TOKENS:
-            step = partial(self._in_thread, _next, predictor)
-        accepted = False
+            predictor = await run(self._predictor, ask.task, ask.options)
+            records = [Record(item["id"], item["text"], item["fields"], work) for item in ask.items]
+            rounds = predictor.rounds(records, SLICE_CHARACTERS)
+            windows, results = await _step(run, predictor, rounds, None)
+        if run is _directly and sum(len(window.ids) for window in windows) > SMALL_TOKENS:
+            run = self._in_thread
+        is_follow_up = False
         while results is None:  # once, unless the task has follow-up questions
-            rows = await self._rows(ask.task, windows, timing, accepted)
-            accepted = True
+            rows = await self._rows(ask.task, windows, timing, is_follow_up)
+            is_follow_up = True
             with _Clock(timing, "decode"):
-                windows, results = await step(rounds, rows)
+                windows, results = await _step(run, predictor, rounds, rows)
         done = [result for result in results if "error" not in result]
         n_tokens, n_windows = (sum(r[name] for r in done) for name in ("n_tokens", "n_windows"))
         return Served(results, n_tokens, n_windows, timing)
 
     async def _rows(
-        self, task: str, windows: Sequence[Window], timing: Timing, accepted: bool
+        self, task: str, windows: Sequence[Window], timing: Timing, is_follow_up: bool
     ) -> list[Rows]:
         """The model's rows of all windows."""
         started = time.perf_counter()
-        served = await self._batchers[task].submit(windows, accepted=accepted)
+        served = await self._batchers[task].submit(windows, is_follow_up=is_follow_up)
         timing.forward += served.computed
         timing.queue += max(0.0, time.perf_counter() - started - served.computed)
         return served.results
 
-    async def _predictor(self, task: str, options: Mapping[str, Any]) -> Predictor:
+    def _predictor(self, task: str, options: Mapping[str, Any]) -> Predictor:
         """The predictor of a task, with the options of a request. Options that came before are
         ready; nobody sees those of another."""
         predictor = self.predictors[task]
         if not options:
             return predictor
         key = json.dumps([task, options])  # not sorted: a schema is answered in its own order
-        variant = self._variants.pop(key, None)
+        variant = self._variants.get(key)
         if variant is None:
-            make = partial(predictor.with_options, **options)
-            # Labels are tokenized here, which is not for the event loop.
-            is_small = len(key) <= SMALL_OPTIONS and "candidate_labels" not in options
-            variant = make() if is_small else await self._in_thread(make)
-        self._variants[key] = variant
-        if len(self._variants) > MAX_OPTION_SETS:
-            self._variants.popitem(last=False)
+            variant = predictor.with_options(**options)
+            n_bytes = max(LEAST_OPTION_SET_BYTES, BYTES_PER_CHARACTER * len(key))
+            self._variants.put(key, variant, n_bytes)
         return variant
 
     def _report(self, task: str, report: BatchReport) -> None:
@@ -306,11 +331,18 @@ class Engine:
 
         return forward
 
-    async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+    def _runner(self, ask: Ask) -> "Runner":
+        """Where the steps of a request run: on the event loop, or in threads for its size."""
+        texts = [(item["text"], item["fields"]) for item in ask.items]
+        n_characters = _n_characters([ask.options, texts], LONG_TEXT)
+        if _is_plain(ask) and n_characters <= SMALL_TEXT:
+            return _directly
+        # Every start with every end: much to decode for a short text.
+        is_long = n_characters > LONG_TEXT or ask.options.get("span_pairing") == "all"
+        return partial(_in_threads, self._long_threads if is_long else self._threads)
 
-    async def _directly(self, function: Callable[..., T], *arguments: Any) -> T:
-        return function(*arguments)
+    async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await _in_threads(self._threads, function, *arguments)
 
     async def _warm_up(self, task: str) -> None:
         item = {"id": "warm-up", "text": WARM_UP["text"], "fields": WARM_UP}
@@ -334,15 +366,42 @@ def _option_of(ask: Ask, message: str) -> str:
     return f"options.{name}" if name in ask.options else "options"
 
 
-def _is_small(ask: Ask) -> bool:
-    """Whether its text takes less time to read than another thread takes to begin: half a
+# Runs a function with arguments, somewhere.
+Runner = Callable[..., Awaitable[Any]]
+
+
+async def _directly(function: Callable[..., T], *arguments: Any) -> T:
+    return function(*arguments)
+
+
+async def _in_threads(
+    threads: ThreadPoolExecutor, function: Callable[..., T], *arguments: Any
+) -> T:
+    return await asyncio.get_running_loop().run_in_executor(threads, function, *arguments)
+
+
+def _is_plain(ask: Ask) -> bool:
+    """Whether a short text takes less time to read than another thread takes to begin: half a
     millisecond on the event loop harms nobody."""
     is_plain = ask.task in ("ner", "classify", "embed") and "candidate_labels" not in ask.options
-    if not is_plain or len(ask.items) != 1:
-        return False
-    given = (ask.items[0]["text"], *ask.items[0]["fields"].values(), ask.options.get("prefix"))
-    texts = [text for text in given if isinstance(text, str)]
-    return sum(normal_length(text, SMALL_TEXT) for text in texts) <= SMALL_TEXT
+    return is_plain and len(ask.items) == 1
+
+
+def _n_characters(value: Any, most: int) -> int:
+    """Normalised characters of all text in a value, and one for everything else; stops above
+    `most`."""
+    n, left = 0, [value]
+    while left and n <= most:
+        value = left.pop()
+        if isinstance(value, str):
+            n += 1 + normal_length(value, most)
+            continue
+        n += 1
+        if isinstance(value, Mapping | list | tuple):
+            if len(value) > most:
+                return most + 1
+            left += [*value, *value.values()] if isinstance(value, Mapping) else value
+    return n
 
 
 def _first_error(served: Served) -> str | None:
@@ -363,18 +422,34 @@ def _largest_batch(predictor: Predictor) -> list[Window]:
     return windows
 
 
-def _next(
-    predictor: Predictor, rounds: Rounds, rows: Sequence[Rows] | None
-) -> tuple[list[Window], list[dict[str, Any]] | None]:
-    """The windows to be computed next, or else the results.
+Step = tuple[list[Window], list[dict[str, Any]] | None]
+
+
+async def _step(
+    run: Runner, predictor: Predictor, rounds: Rounds, rows: Sequence[Rows] | None
+) -> Step:
+    """The windows to be computed next, or else the results; others have their turn meanwhile.
 
     Args:
         rows: of the windows before; None: there were none yet.
     """
+    while True:
+        step: Step | None = await run(_next, predictor, rounds, rows)
+        if step is not None:
+            return step
+        rows = None
+
+
+def _next(predictor: Predictor, rounds: Rounds, rows: Sequence[Rows] | None) -> Step | None:
+    """The same, or None after SLICE_S: there is more to do."""
+    end = time.perf_counter() + SLICE_S
     try:
-        return (next(rounds) if rows is None else rounds.send(rows)), None
-    except StopIteration as end:
-        return [], _results(predictor, end.value)
+        windows = rounds.send(rows)
+        while windows is None and time.perf_counter() < end:
+            windows = rounds.send(None)
+        return None if windows is None else (windows, None)
+    except StopIteration as stop:
+        return [], _results(predictor, stop.value)
 
 
 def _results(predictor: Predictor, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:

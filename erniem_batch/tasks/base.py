@@ -4,8 +4,7 @@ A task knows nothing of batches, devices or Ray; the predictor knows nothing of 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -63,8 +62,15 @@ class Task(ABC):
         return spaces
 
     @abstractmethod
-    def encode(self, records: Sequence[Record]) -> list[Encoded | Failure]:
-        """Tokens and windows of each record; a record that cannot be read becomes a Failure."""
+    def encode(self, records: Sequence[Record]) -> Iterator[Encoded | Failure]:
+        """Tokens and windows of each record; a record that cannot be read becomes a Failure.
+
+        Lazy: windows of a record are built when it is asked for, after `record.work` has allowed
+        them.
+
+        Raises:
+            RequestTooLargeError, WorkCancelledError: see `Work`; all records are given up.
+        """
 
     def follow_up(self, encoded: Encoded, outputs: Sequence[FloatArray]) -> Encoded | None:
         """What else has to be asked, once these windows are read. Most tasks ask only once.
@@ -74,6 +80,7 @@ class Task(ABC):
 
         Raises:
             RecordError: the outputs are unusable.
+            RequestTooLargeError, WorkCancelledError: see `Work`.
         """
         return None
 
@@ -104,18 +111,18 @@ class Task(ABC):
 
     # ---- for encode ---------------------------------------------------------------------------
 
-    def encode_texts(self, records: Sequence[Record], read: Reader) -> list[Encoded | Failure]:
-        """Tokenizes all texts at once and lets `read` make windows of each."""
+    def encode_texts(self, records: Sequence[Record], read: Reader) -> Iterator[Encoded | Failure]:
+        """Tokenizes all texts at once and lets `read` make windows of each when it is its turn."""
         texts = [record.text if isinstance(record.text, str) else "" for record in records]
         tokens = self.tokenizer.encode_batch(texts)
-        outcomes: list[Encoded | Failure] = []
         for i, record in enumerate(records):
+            record.work.start()
             try:
                 require_string(record.text, self.text_name)
-                outcomes.append(read(i, record, tokens.of(i)))
+                item: Encoded | Failure = read(i, record, tokens.of(i))
             except RecordError as error:
-                outcomes.append(Failure(record.id, "encode", type(error).__name__, str(error)))
-        return outcomes
+                item = Failure(record.id, "encode", type(error).__name__, str(error))
+            yield item
 
     def tokens_of(self, values: Sequence[Any]) -> list[Tokens]:
         """Tokens of each value; none for what is not a string."""
@@ -183,15 +190,28 @@ def struct_lists(
 # ---- scores of whole texts ---------------------------------------------------------------------
 
 
-def first_only(encoded: Encoded) -> Encoded:
-    """The same without the windows behind the first one of each part; says that it is cut."""
-    kept = [window for window in encoded.windows if window.first == 0]
-    cut = len(kept) < len(encoded.windows)
-    return replace(encoded, windows=kept, truncated=cut)
+def charge_windows(
+    record: Record, counts: Sequence[tuple[int, int]], first_only_of: int | None = None
+) -> int:
+    """Counts windows that are about to be built; returns how many whole texts would give.
+
+    Args:
+        counts: tokens and windows of each part.
+        first_only_of: only the first window of each part is built, of at most so many tokens.
+
+    Raises:
+        RecordError or RequestTooLargeError: they are above the limit.
+    """
+    n_windows = sum(windows for _, windows in counts)
+    if first_only_of is None:
+        record.work.charge(sum(tokens for tokens, _ in counts), n_windows)
+    else:
+        record.work.charge(sum(min(tokens, first_only_of) for tokens, _ in counts), len(counts))
+    return n_windows
 
 
-def places_by_part(windows: Sequence[Window], n_parts: int) -> list[list[int]]:
-    """Places of the windows of each part, in linear time."""
+def windows_by_part(windows: Sequence[Window], n_parts: int) -> list[list[int]]:
+    """Places of the windows of each part."""
     places: list[list[int]] = [[] for _ in range(n_parts)]
     for place, window in enumerate(windows):
         places[window.part].append(place)

@@ -6,7 +6,7 @@ transformers 4.40.2; the scores are the softmax of ErnieMForMultipleChoice's log
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,16 +15,16 @@ import pyarrow as pa
 
 from erniem_batch.errors import RecordError
 from erniem_batch.options import ChooseOptions
-from erniem_batch.records import Encoded, Failure, FloatArray, Record
+from erniem_batch.records import Encoded, Failure, FloatArray, IntArray, Record, Window
 from erniem_batch.tasks.base import (
     Task,
+    charge_windows,
     encoded_of,
-    first_only,
-    places_by_part,
     pool_windows,
     require_finite,
     require_string,
     softmax,
+    windows_by_part,
 )
 from erniem_batch.text.segments import Tokens
 from erniem_batch.text.tokenizer import ErnieMTokenizer
@@ -74,36 +74,57 @@ class ChooseTask(Task):
         given = (template.split("=", 1) for template in options.question_template)
         self._templates = TEMPLATES | {name.strip(): text for name, text in given}
 
-    def encode(self, records: Sequence[Record]) -> list[Encoded | Failure]:
+    def encode(self, records: Sequence[Record]) -> Iterator[Encoded | Failure]:
         """Windows of each premise beside each of its choices."""
-        premises_asked = [asked(record, self._templates) for record in records]
+        premises_asked = [self._asked(record) for record in records]
         lists = [choices_of(record) for record in records]
         flat = iter(self.tokens_of([choice for choices in lists for choice in choices]))
         tokens_of_choices = [[next(flat) for _ in choices] for choices in lists]
         premises = self.tokens_of(premises_asked)
 
         def read(i: int, record: Record, tokens: Tokens) -> Encoded:
+            if isinstance(premises_asked[i], RecordError):
+                raise premises_asked[i]
             require_string(premises_asked[i], "question")
             require_choices(record.fields.get("choices"))
             premise = premises[i].ids
-            windows = [
-                window
-                for part, choice in enumerate(tokens_of_choices[i])
-                for window in self.windows.pair(premise, choice.ids, what="a choice", part=part)
-            ]
-            n_others = sum(len(choice.ids) for choice in tokens_of_choices[i])
+            choices = [choice.ids for choice in tokens_of_choices[i]]
+            windows, is_cut = self._windows(record, premise, choices)
+            n_others = sum(map(len, choices))
             n_others += len(premise) - len(tokens.ids)  # what the template adds
-            encoded = encoded_of(record, tokens, windows, n_other_tokens=n_others)
-            return first_only(encoded) if self._pooling == "first" else encoded
+            return encoded_of(record, tokens, windows, n_other_tokens=n_others, truncated=is_cut)
 
         return self.encode_texts(records, read)
+
+    def _asked(self, record: Record) -> Any:
+        """Premise and question as one text; a RecordError if that text would be too long."""
+        try:
+            return asked(record, self._templates)
+        except RecordError as error:
+            return error
+
+    def _windows(
+        self, record: Record, premise: IntArray, choices: Sequence[IntArray]
+    ) -> tuple[list[Window], bool]:
+        """Windows of a premise beside each choice, and whether a part of it goes unread."""
+        what, only_first = "a choice", self._pooling == "first"
+        counts = [
+            self.windows.count_pair(len(premise), len(choice), what=what) for choice in choices
+        ]
+        size = self.windows.size if only_first else None
+        n_windows = charge_windows(record, counts, size)
+        made: list[Window] = []
+        for part, choice in enumerate(choices):
+            record.work.check()
+            made += self.windows.pair(premise, choice, what=what, part=part, only_first=only_first)
+        return made, len(made) < n_windows
 
     def decode(self, encoded: Encoded, outputs: Sequence[FloatArray]) -> Choice:
         """The scores of all choices and the best one."""
         logits_WC = np.concatenate(outputs)
         require_finite(logits_WC)
         pooled = []
-        for rows in places_by_part(encoded.windows, encoded.windows[-1].part + 1):
+        for rows in windows_by_part(encoded.windows, encoded.windows[-1].part + 1):
             windows = [encoded.windows[i] for i in rows]
             pooled.append(pool_windows(logits_WC[rows], windows, self._pooling)[0])
         scores = softmax(np.array(pooled, dtype=np.float32))
@@ -128,7 +149,11 @@ class ChooseTask(Task):
 
 
 def asked(record: Record, templates: Mapping[str, str] = TEMPLATES) -> Any:
-    """Premise and question as one text; what is in place of the question if it is no text."""
+    """Premise and question as one text; what is in place of the question if it is no text.
+
+    Raises:
+        RecordError or RequestTooLargeError: the text would be too long.
+    """
     question = record.fields.get("question")
     if question in (None, "") and isinstance(record.text, str):
         return record.text
@@ -138,6 +163,9 @@ def asked(record: Record, templates: Mapping[str, str] = TEMPLATES) -> Any:
     # thousands of premises.
     values = {"{premise}": record.text, "{question}": question}
     template = templates.get(question, OTHER_TEMPLATE)
+    record.work.require_room_for_text(
+        len(template) + sum(template.count(place) * len(text) for place, text in values.items())
+    )
     return _PLACE.sub(lambda match: values[match.group()], template)
 
 

@@ -11,7 +11,7 @@ PARITY: candidate labels are stripped, and those that stand twice count once.
 PARITY: exp is taken after subtracting the maximum; there, huge logits overflow to nan.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,22 +20,26 @@ import pyarrow as pa
 
 from erniem_batch.errors import ConfigError
 from erniem_batch.options import ClassifyOptions
-from erniem_batch.records import Encoded, Failure, FloatArray, Record
+from erniem_batch.records import Encoded, Failure, FloatArray, IntArray, Record, Window
 from erniem_batch.tasks.base import (
     Task,
+    charge_windows,
     encoded_of,
-    first_only,
-    places_by_part,
     pool_windows,
     require_finite,
     require_string,
     sigmoid,
     softmax,
     struct_lists,
+    windows_by_part,
 )
 from erniem_batch.text.segments import Tokens
 from erniem_batch.text.tokenizer import ErnieMTokenizer
+from erniem_batch.text.windows import PAIR_SPECIALS
 from erniem_batch.thresholds import Thresholds
+
+# Of all claims of a request or run together.
+MAX_CLAIM_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +77,9 @@ class _LabelTask(Task):
         self.labels = list(labels)
         self._top_k = len(self.labels) if options.all_scores else options.top_k
         self._pooling = options.pooling
+        self._only_first = options.pooling == "first"
+        self._first_only_of = self.windows.size if self._only_first else None
         self._thresholds = thresholds
-
-    def _encoded(self, encoded: Encoded) -> Encoded:
-        return first_only(encoded) if self._pooling == "first" else encoded
 
     def _best(self, scores: FloatArray, record: Record) -> list[LabelScore]:
         """Labels by descending score, ties in the order of the labels."""
@@ -125,19 +128,31 @@ class ClassifyTask(_LabelTask):
         if self.function == "none" and options.min_score is None:
             self._thresholds = Thresholds(None, default=-np.inf)  # numbers may be negative
 
-    def encode(self, records: Sequence[Record]) -> list[Encoded | Failure]:
+    def encode(self, records: Sequence[Record]) -> Iterator[Encoded | Failure]:
         """Windows of each text, or of each text and its pair."""
         pairs = self.tokens_of([record.fields.get("text_pair") for record in records])
 
         def read(i: int, record: Record, tokens: Tokens) -> Encoded:
             if "text_pair" not in record.fields:
-                return self._encoded(encoded_of(record, tokens, self.windows.single(tokens.ids)))
+                return self._alone(record, tokens)
             require_string(record.fields["text_pair"], "text_pair")
-            windows = self.windows.pair(tokens.ids, pairs[i].ids, what="the second text")
-            n_other = len(pairs[i].ids)
-            return self._encoded(encoded_of(record, tokens, windows, n_other_tokens=n_other))
+            return self._with_pair(record, tokens, pairs[i].ids)
 
         return self.encode_texts(records, read)
+
+    def _alone(self, record: Record, tokens: Tokens) -> Encoded:
+        counts = [self.windows.count_single(len(tokens.ids))]
+        n_windows = charge_windows(record, counts, self._first_only_of)
+        windows = self.windows.single(tokens.ids, only_first=self._only_first)
+        return encoded_of(record, tokens, windows, truncated=len(windows) < n_windows)
+
+    def _with_pair(self, record: Record, tokens: Tokens, pair_ids: IntArray) -> Encoded:
+        what = "the second text"
+        counts = [self.windows.count_pair(len(tokens.ids), len(pair_ids), what=what)]
+        n_windows = charge_windows(record, counts, self._first_only_of)
+        windows = self.windows.pair(tokens.ids, pair_ids, what=what, only_first=self._only_first)
+        cut = len(windows) < n_windows
+        return encoded_of(record, tokens, windows, n_other_tokens=len(pair_ids), truncated=cut)
 
     def decode(self, encoded: Encoded, outputs: Sequence[FloatArray]) -> list[LabelScore]:
         """Labels by descending score."""
@@ -162,6 +177,17 @@ def apply_function(logits: FloatArray, name: str) -> FloatArray:
     if name == "none":
         return logits
     return softmax(logits) if name == "softmax" else sigmoid(logits)
+
+
+def _require_short_claims(template: str, labels: Sequence[str]) -> None:
+    """Raises a ConfigError if the claims that are about to be put together are too long."""
+    n_places = template.count("{}")
+    n_characters = sum(len(template) + n_places * len(label) for label in labels)
+    if n_characters > MAX_CLAIM_CHARACTERS:
+        raise ConfigError(
+            f"candidate_labels beside hypothesis_template make {n_characters} characters; at most "
+            f"{MAX_CLAIM_CHARACTERS}: give fewer or shorter labels, or a shorter template"
+        )
 
 
 class ZeroShotTask(_LabelTask):
@@ -191,21 +217,27 @@ class ZeroShotTask(_LabelTask):
         self._entailment = found[0]
         self._contradiction = len(labels) - 1 if self._entailment == 0 else 0
         self._one_by_one = options.multi_label or len(self.labels) == 1
+        _require_short_claims(options.hypothesis_template, self.labels)
         claims = [options.hypothesis_template.replace("{}", label) for label in self.labels]
         self._claims = [tokens.ids for tokens in self.tokens_of(claims)]
 
-    def encode(self, records: Sequence[Record]) -> list[Encoded | Failure]:
+    def encode(self, records: Sequence[Record]) -> Iterator[Encoded | Failure]:
         """Windows of each text beside each claim."""
 
         def read(_: int, record: Record, tokens: Tokens) -> Encoded:
-            windows = [
-                window
-                for part, claim in enumerate(self._claims)
-                for window in self.windows.before(
-                    tokens.ids, claim, what="a candidate label", part=part
-                )
+            what, n_tokens = "a candidate label", len(tokens.ids)
+            counts = [
+                self.windows.count(len(claim) + PAIR_SPECIALS, [n_tokens], what=what)
+                for claim in self._claims
             ]
-            return self._encoded(encoded_of(record, tokens, windows))
+            n_windows = charge_windows(record, counts, self._first_only_of)
+            windows: list[Window] = []
+            for part, claim in enumerate(self._claims):
+                record.work.check()
+                windows += self.windows.before(
+                    tokens.ids, claim, what=what, part=part, only_first=self._only_first
+                )
+            return encoded_of(record, tokens, windows, truncated=len(windows) < n_windows)
 
         return self.encode_texts(records, read)
 
@@ -214,7 +246,7 @@ class ZeroShotTask(_LabelTask):
         logits_WC = np.concatenate(outputs)
         require_finite(logits_WC)
         by_label = []
-        for rows in places_by_part(encoded.windows, len(self.labels)):
+        for rows in windows_by_part(encoded.windows, len(self.labels)):
             windows = [encoded.windows[i] for i in rows]
             pair_WC = logits_WC[rows][:, [self._contradiction, self._entailment]]
             values = softmax(pair_WC) if self._one_by_one else pair_WC

@@ -5,7 +5,7 @@ sentence-transformers does it. transformers 4.40.2 has only `feature-extraction`
 vectors of all tokens, with the padding of the batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -19,6 +19,8 @@ from erniem_batch.text.segments import Tokens
 from erniem_batch.text.tokenizer import ErnieMTokenizer
 from erniem_batch.text.windows import stitch
 
+# Of a prefix, for each token of a window: a longer one would not fit.
+PREFIX_CHARACTERS = 16
 _TYPES = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.int8()}
 
 
@@ -46,9 +48,19 @@ class EmbedTask(Task):
         self.head_options = {"pooling": options.pooling}
         self._type = pa.list_(_TYPES[options.output_dtype], self._size)
         self.schema = pa.schema([("embedding", self._type)])
+        self._require_short(options.prefix)
         self._prefix = self.tokens_of([options.prefix])[0].ids
 
-    def encode(self, records: Sequence[Record]) -> list[Encoded | Failure]:
+    def _require_short(self, prefix: str) -> None:
+        """Raises a ConfigError if the prefix could not stand before every text."""
+        most = PREFIX_CHARACTERS * self.windows.size
+        if len(prefix) > most:
+            raise ConfigError(
+                f"prefix has {len(prefix)} characters; at most {most}, since it stands before "
+                f"every window of {self.windows.size} tokens"
+            )
+
+    def encode(self, records: Sequence[Record]) -> Iterator[Encoded | Failure]:
         """Windows of each text, the prefix before each."""
         prefix = self._options.prefix
         texts = [r.text if isinstance(r.text, str) else "" for r in records] if prefix else []
@@ -57,6 +69,7 @@ class EmbedTask(Task):
 
         def read(i: int, record: Record, tokens: Tokens) -> Encoded:
             ids = self._without_prefix(joined[i].ids, tokens.ids) if prefix else tokens.ids
+            record.work.charge(*self.windows.count_single(len(ids), len(self._prefix)))
             return encoded_of(record, tokens, self.windows.single(ids, self._prefix))
 
         return self.encode_texts(records, read)

@@ -19,6 +19,7 @@ PARITY: results are sorted, equal ones are merged, names that stand twice are as
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -29,9 +30,9 @@ import pyarrow as pa
 
 from erniem_batch.errors import ConfigError, RecordError
 from erniem_batch.options import ExtractOptions
-from erniem_batch.records import Encoded, Failure, FloatArray, Record, Window
+from erniem_batch.records import Encoded, Failure, FloatArray, IntArray, Record, Window
 from erniem_batch.tasks.base import Task, encoded_of, require_finite, sigmoid, struct_lists
-from erniem_batch.tasks.pairing import Candidate, join_windows, pair
+from erniem_batch.tasks.pairing import Candidate, count_pairs, join_windows, pair
 from erniem_batch.text.offsets import Offsets
 from erniem_batch.text.schema import (
     Node,
@@ -43,10 +44,12 @@ from erniem_batch.text.schema import (
 )
 from erniem_batch.text.segments import Tokens
 from erniem_batch.text.tokenizer import ErnieMTokenizer
+from erniem_batch.text.windows import PAIR_SPECIALS
 from erniem_batch.thresholds import Thresholds
 
-# Prompts seen lately; those about single persons and places come and go.
-CACHED_PROMPTS = 100_000
+# Spans that one window may give with span_pairing "all", which pairs every start with every end.
+MAX_SPANS_OF_A_WINDOW = 8192
+_VISIBLE = re.compile(r"\S")
 
 
 @dataclass(slots=True)
@@ -198,7 +201,34 @@ class Search:
 
     questions: list[Question]
     slices: list[tuple[int, int]] | None
+    places: "Places"
     items: list[Item] = field(default_factory=list)
+
+
+class Places:
+    """Edges of spans in one text. What is known of an edge is kept, since many spans share one.
+
+    Attributes:
+        unit: turns places into the unit that was asked for.
+    """
+
+    def __init__(self, text: str, offset_unit: str) -> None:
+        self._text = text
+        self._left: dict[int, int] = {}
+        self._right: dict[int, int] = {}
+        self.unit = Offsets(text, offset_unit)
+
+    def stripped(self, start: int, end: int) -> tuple[int, int]:
+        """A span without white space at its edges; empty if it is nothing else."""
+        if start not in self._left:
+            found = _VISIBLE.search(self._text, start)
+            self._left[start] = found.start() if found else len(self._text)
+        left = min(self._left[start], end)
+        if left == end:
+            return end, end
+        if end not in self._right:
+            self._right[end] = stripped(self._text, left, end)[1]
+        return left, self._right[end]
 
 
 class ExtractTask(ItemTask):
@@ -213,11 +243,10 @@ class ExtractTask(ItemTask):
     ) -> None:
         super().__init__(tokenizer, options, **windows)
         self._thresholds = thresholds
-        self._prompts: dict[str, Tokens] = {}
 
     # ---- questions ----------------------------------------------------------------------------
 
-    def encode(self, records: Sequence[Record]) -> list[Encoded | Failure]:
+    def encode(self, records: Sequence[Record]) -> Iterator[Encoded | Failure]:
         """Windows of each text beside each name of the first level."""
 
         def read(_: int, record: Record, tokens: Tokens) -> Encoded:
@@ -225,14 +254,30 @@ class ExtractTask(ItemTask):
             slices = None
             if self.options.split_sentence:
                 slices = sentence_slices(record.text, tokens)
-            search = Search(self._ask(schema, None), slices)
+            nodes = merged(schema)
+            self._require_room(record, tokens.ids, slices, len(nodes))
+            places = Places(record.text, self.options.offset_unit)
+            search = Search(self._ask(nodes, None), slices, places)
             return self._round(encoded_of(record, tokens, [], state=search))
 
         return self.encode_texts(records, read)
 
-    def _ask(self, nodes: Schema, parent: Item | None) -> list[Question]:
+    def _ask(self, nodes: Sequence[Node], parent: Item | None) -> list[Question]:
         text, lang = None if parent is None else parent.text, self.options.schema_lang
-        return [Question(node, prompt_of(node.name, text, lang), parent) for node in merged(nodes)]
+        return [Question(node, prompt_of(node.name, text, lang), parent) for node in nodes]
+
+    def _require_room(
+        self,
+        record: Record,
+        ids: IntArray,
+        slices: Sequence[tuple[int, int]] | None,
+        n_questions: int,
+    ) -> None:
+        """Raises what `Work.charge` raises for the least that so many questions would take."""
+        n_windows = len(slices or [0])
+        n_tokens = len(ids) + n_windows * PAIR_SPECIALS
+        if len(ids):
+            record.work.require_room(n_questions * n_tokens, n_questions * n_windows)
 
     def _round(self, encoded: Encoded) -> Encoded:
         """The same with the windows of the questions that are open."""
@@ -240,7 +285,9 @@ class ExtractTask(ItemTask):
         windows: list[Window] = []
         if len(encoded.token_ids):
             prompts = self._prompt_tokens([question.prompt for question in search.questions])
+            self._charge(encoded, prompts)
             for part, prompt in enumerate(prompts):
+                encoded.record.work.check()
                 windows += self.windows.behind(
                     prompt.ids,
                     encoded.token_ids,
@@ -250,14 +297,29 @@ class ExtractTask(ItemTask):
                 )
         return replace(encoded, windows=windows)
 
+    def _charge(self, encoded: Encoded, prompts: Sequence[Tokens]) -> None:
+        """Counts the windows of all prompts, which are about to be built."""
+        slices = encoded.state.slices
+        lengths = [b - a for a, b in slices] if slices else [len(encoded.token_ids)]
+        n_tokens = n_windows = 0
+        for n_prompt, n_times in Counter(len(prompt.ids) for prompt in prompts).items():
+            counts = self.windows.count(n_prompt + PAIR_SPECIALS, lengths, what="the prompt")
+            n_tokens += n_times * counts[0]
+            n_windows += n_times * counts[1]
+        encoded.record.work.charge(n_tokens, n_windows)
+
     def _prompt_tokens(self, prompts: Sequence[str]) -> list[Tokens]:
-        found = self._prompts
-        if len(found) > CACHED_PROMPTS:
-            # A new table, not an emptied one: another thread may be reading.
-            found = self._prompts = {}
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
-        if new:
-            found.update(zip(new, self.tokens_of(new), strict=True))
+        known = self.tokenizer.prompts
+        found: dict[str, Tokens] = {}
+        new: list[str] = []
+        for prompt in dict.fromkeys(prompts):
+            if (old := known.get(prompt)) is None:
+                new.append(prompt)
+            else:
+                found[prompt] = old
+        for prompt, tokens in zip(new, self.tokens_of(new) if new else [], strict=True):
+            found[prompt] = tokens
+            known.put(prompt, tokens, _n_bytes(prompt, tokens))
         return [found[prompt] for prompt in prompts]
 
     # ---- answers ------------------------------------------------------------------------------
@@ -265,7 +327,7 @@ class ExtractTask(ItemTask):
     def follow_up(self, encoded: Encoded, outputs: Sequence[FloatArray]) -> Encoded | None:
         """Takes in the answers; the questions about what was found, if there are any."""
         search: Search = encoded.state
-        next_questions: list[Question] = []
+        found: list[tuple[list[Node], Item]] = []
         by_part: dict[int, list[int]] = {}
         for i, window in enumerate(encoded.windows):
             by_part.setdefault(window.part, []).append(i)
@@ -273,15 +335,29 @@ class ExtractTask(ItemTask):
             question = search.questions[part]
             windows = [encoded.windows[i] for i in places]
             rows = [outputs[i] for i in places]
+            children = merged(question.node.children)
             for item in self._answers(encoded, question, windows, rows):
                 siblings = search.items if question.parent is None else question.parent.relations
                 siblings.append(item)
-                next_questions += self._ask(question.node.children, item)
-        if not next_questions:
+                found.append((children, item))
+        search.questions = self._questions_about(encoded, found)
+        if not search.questions:
             return None
-        search.questions = next_questions
         n_earlier = encoded.n_earlier_windows + len(encoded.windows)
         return self._round(replace(encoded, n_earlier_windows=n_earlier))
+
+    def _questions_about(
+        self, encoded: Encoded, found: Sequence[tuple[list[Node], Item]]
+    ) -> list[Question]:
+        """The follow-up questions about what was found, counted before they are put together."""
+        work, search = encoded.record.work, encoded.state
+        n_questions = sum(len(children) for children, _ in found)
+        self._require_room(encoded.record, encoded.token_ids, search.slices, n_questions)
+        lengths = {id(nodes): sum(len(node.name) for node in nodes) for nodes, _ in found}
+        work.require_room_for_text(
+            sum(lengths[id(nodes)] + len(nodes) * len(item.text) for nodes, item in found)
+        )
+        return [question for nodes, item in found for question in self._ask(nodes, item)]
 
     def _answers(
         self,
@@ -290,6 +366,7 @@ class ExtractTask(ItemTask):
         windows: Sequence[Window],
         rows: Sequence[FloatArray],
     ) -> list[Item]:
+        encoded.record.work.check()
         for rows_L2 in rows:
             require_finite(rows_L2)
         probs = [sigmoid(rows_L2) for rows_L2 in rows]
@@ -326,14 +403,16 @@ class ExtractTask(ItemTask):
     ) -> list[Item]:
         """Spans of the text, by position, those of all windows put together."""
         text, limit = encoded.record.text, self.options.position_prob
+        places: Places = encoded.state.places
         candidates = []
         for p_L2, window in zip(probs, windows, strict=True):
             body_L2 = p_L2[window.offset : window.offset + window.n_tokens]
             starts, ends = (np.flatnonzero(column > limit).tolist() for column in body_L2.T)
             last = window.n_tokens - 1
+            self._charge_spans(encoded.record, starts, ends)
             for i, j in pair(starts, ends, self.options.span_pairing):
                 first, end = window.first + i, window.first + j
-                a, b = stripped(text, int(encoded.starts[first]), int(encoded.ends[end]))
+                a, b = places.stripped(int(encoded.starts[first]), int(encoded.ends[end]))
                 # At a cut, where the rest of it may be in the next window.
                 cut = (i == 0 and window.first > 0) or (
                     j == last and end + 1 < len(encoded.token_ids)
@@ -342,17 +421,28 @@ class ExtractTask(ItemTask):
                     probability = float(body_L2[i, 0]) * float(body_L2[j, 1])
                     candidates.append(Candidate(a, b, probability, cut))
         kept = join_windows(candidates, apart=self.options.span_pairing == "nearest")
-        place = Offsets(text, self.options.offset_unit)
+        name, place = question.node.name, places.unit
         return [
-            Item(
-                question.node.name,
-                text[c.start : c.end],
-                place(c.start),
-                place(c.end),
-                c.probability,
-            )
+            Item(name, text[c.start : c.end], place(c.start), place(c.end), c.probability)
             for c in kept
         ]
+
+    def _charge_spans(self, record: Record, starts: list[int], ends: list[int]) -> None:
+        """Counts the spans of a window that are about to be paired.
+
+        Raises:
+            RecordError: every start with every end gives more than a window may give.
+        """
+        if self.options.span_pairing != "all":  # at most as many spans as tokens
+            return
+        n_spans = count_pairs(starts, ends)
+        if n_spans > MAX_SPANS_OF_A_WINDOW:
+            raise RecordError(
+                f"span_pairing all gives {n_spans} spans in one window; at most "
+                f"{MAX_SPANS_OF_A_WINDOW}: raise position_prob (now {self.options.position_prob}) "
+                f"or use nearest or nested"
+            )
+        record.work.charge_spans(n_spans)
 
     def decode(self, encoded: Encoded, outputs: Sequence[FloatArray]) -> list[Item]:
         """What was found; `follow_up` has taken in all answers."""
@@ -366,6 +456,11 @@ def merged(nodes: Schema) -> list[Node]:
     for node in nodes:
         children.setdefault(node.name, []).extend(node.children)
     return [Node(name, tuple(inner)) for name, inner in children.items()]
+
+
+def _n_bytes(prompt: str, tokens: Tokens) -> int:
+    """About how much memory a cached prompt takes."""
+    return 4 * len(prompt) + sum(array.nbytes for array in tokens) + 800
 
 
 def stripped(text: str, start: int, end: int) -> tuple[int, int]:

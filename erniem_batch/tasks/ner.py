@@ -16,7 +16,7 @@ compete, which can lose an entity or cut it in two.
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,6 +27,7 @@ from erniem_batch.errors import ConfigError
 from erniem_batch.records import Encoded, Failure, FloatArray, Record
 from erniem_batch.tasks.base import Task, encoded_of, require_finite, softmax, struct_lists
 from erniem_batch.text.offsets import Offsets
+from erniem_batch.text.segments import Tokens
 from erniem_batch.text.tokenizer import ErnieMTokenizer
 from erniem_batch.text.windows import stitch
 from erniem_batch.thresholds import Thresholds
@@ -34,11 +35,14 @@ from erniem_batch.thresholds import Thresholds
 OUTSIDE = "O"
 
 # Han, kana, Thai, Lao, Khmer, Myanmar: written without spaces between words.
-_UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u19e0-\u19ff\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029"
+_UNSPACED_RANGES = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u19e0-\u19ff\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029"
     "\u3038-\u303b\u3041-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\ua9e0-\ua9ff\uaa60-\uaa7f"
-    "\uf900-\ufaff\uff66-\uff9f\U0001b000-\U0001b16f\U00020000-\U0003ffff]"
+    "\uf900-\ufaff\uff66-\uff9f\U0001b000-\U0001b16f\U00020000-\U0003ffff"
 )
+_UNSPACED = re.compile(f"[{_UNSPACED_RANGES}]")
+# Characters that stand apart from their neighbours: white space, and those of such scripts.
+APART = re.compile(rf"[\s{_UNSPACED_RANGES}]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,14 +147,16 @@ class NerTask(Task):
         self._min_score = min_score if isinstance(min_score, Thresholds) else Thresholds(min_score)
         self._unit = offset_unit
 
-    def encode(self, records: Sequence[Record]) -> list[Encoded | Failure]:
+    def encode(self, records: Sequence[Record]) -> Iterator[Encoded | Failure]:
         """Tokens and windows of each record."""
-        return self.encode_texts(
-            records,
-            lambda _, record, tokens: encoded_of(
-                record, tokens, self.windows.single(tokens.ids) if len(tokens.ids) else []
-            ),
-        )
+
+        def read(_: int, record: Record, tokens: Tokens) -> Encoded:
+            if not len(tokens.ids):
+                return encoded_of(record, tokens, [])
+            record.work.charge(*self.windows.count_single(len(tokens.ids)))
+            return encoded_of(record, tokens, self.windows.single(tokens.ids))
+
+        return self.encode_texts(records, read)
 
     def decode(self, encoded: Encoded, outputs: Sequence[FloatArray]) -> list[Entity]:
         """Entities in text order."""

@@ -1,5 +1,6 @@
 """Where spans start and where they end in; spans out; and spans of several windows put together."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -49,8 +50,21 @@ def nested(starts: Sequence[int], ends: Sequence[int]) -> list[Pair]:
         elif s:
             pairs.append((starts[s - 1], end))
     for start in open_starts:
-        pairs.append((start, next(end for end in ends if end >= start)))
+        pairs.append((start, ends[bisect_left(ends, start)]))
     return pairs
+
+
+def count_pairs(starts: Sequence[int], ends: Sequence[int]) -> int:
+    """How many spans `pair` gives with `all`, without making them.
+
+    Args:
+        starts, ends: tokens, ascending.
+
+    Example:
+        >>> count_pairs([1, 2, 6], [3, 5, 6]), len(pair([1, 2, 6], [3, 5, 6], "all"))
+        (7, 7)
+    """
+    return sum(len(ends) - bisect_left(ends, start) for start in starts)
 
 
 def pair(starts: Sequence[int], ends: Sequence[int], how: str) -> list[Pair]:
@@ -110,25 +124,27 @@ def _without_overlaps(ordered: Sequence[Candidate]) -> list[Candidate]:
     """Of spans that overlap, the best; `ordered` by position."""
     kept: list[Candidate] = []
     for group in _overlapping_groups(ordered):
-        chosen: list[Candidate] = []
+        chosen: list[Candidate] = []  # by position, which is also the order of their ends
         for c in sorted(group, key=lambda c: (c.cut, -c.probability, c.start, c.end)):
-            if all(c.end <= other.start or other.end <= c.start for other in chosen):
-                chosen.append(c)
-        kept += sorted(chosen, key=lambda c: c.start)
+            at = bisect_left(chosen, c.start, key=lambda other: other.start)
+            is_free_before = at == 0 or chosen[at - 1].end <= c.start
+            if is_free_before and (at == len(chosen) or c.end <= chosen[at].start):
+                chosen.insert(at, c)
+        kept += chosen
     return kept
 
 
 def _without_cut_parts(ordered: Sequence[Candidate]) -> list[Candidate]:
     """Without cut spans that are part of a larger one; `ordered` by position."""
-    kept = []
-    for group in _overlapping_groups(ordered):
-        for c in group:
-            within = any(
-                other.start <= c.start and c.end <= other.end for other in group if other is not c
-            )
-            if not (c.cut and within):
-                kept.append(c)
-    return kept
+    within: set[Pair] = set()
+    reach = -1
+    # Of spans that begin together the longest comes first: then a span is part of another one
+    # exactly if an earlier one reaches as far. No two are equal.
+    for c in sorted(ordered, key=lambda c: (c.start, -c.end)):
+        if c.end <= reach:
+            within.add((c.start, c.end))
+        reach = max(reach, c.end)
+    return [c for c in ordered if not (c.cut and (c.start, c.end) in within)]
 
 
 def _overlapping_groups(ordered: Sequence[Candidate]) -> list[list[Candidate]]:

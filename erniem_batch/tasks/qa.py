@@ -13,7 +13,8 @@ PARITY: windows have `window_tokens` (512) tokens; there, 384 unless told otherw
 never cut, and beside a long one the overlap shrinks; there, an error.
 """
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,10 +32,11 @@ from erniem_batch.tasks.base import (
     softmax,
     struct_lists,
 )
-from erniem_batch.tasks.ner import is_unspaced
+from erniem_batch.tasks.ner import APART
 from erniem_batch.text.offsets import Offsets
 from erniem_batch.text.segments import Tokens
 from erniem_batch.text.tokenizer import ErnieMTokenizer
+from erniem_batch.text.windows import PAIR_SPECIALS
 from erniem_batch.thresholds import ANY, Thresholds
 
 
@@ -93,7 +95,7 @@ class QaTask(Task):
         self._options = options
         self._thresholds = thresholds
 
-    def encode(self, records: Sequence[Record]) -> list[Encoded | Failure]:
+    def encode(self, records: Sequence[Record]) -> Iterator[Encoded | Failure]:
         """Windows of each context beside its question."""
         questions = self.tokens_of([record.fields.get("question") for record in records])
 
@@ -101,7 +103,10 @@ class QaTask(Task):
             require_text(record.fields.get("question"), "question")
             require_text(record.text, "context")
             ids = questions[i].ids
-            windows = self.windows.behind(ids, tokens.ids, what="the question", last_is_full=False)
+            n_taken, what = len(ids) + PAIR_SPECIALS, "the question"
+            counts = self.windows.count(n_taken, [len(tokens.ids)], what=what, last_is_full=False)
+            record.work.charge(*counts)
+            windows = self.windows.behind(ids, tokens.ids, what=what, last_is_full=False)
             return encoded_of(record, tokens, windows, n_other_tokens=len(ids))
 
         return self.encode_texts(records, read)
@@ -111,9 +116,10 @@ class QaTask(Task):
         options, context = self._options, encoded.record.text
         best: dict[tuple[int, int], float] = {}
         null_score = 1.0
+        words = WordEdges(context) if options.align_to_words else None
         for window, rows_L2 in zip(encoded.windows, outputs, strict=True):
             require_finite(rows_L2)
-            null, spans = self._spans(encoded, window, rows_L2)
+            null, spans = self._spans(encoded, window, rows_L2, words)
             null_score = min(null_score, null)
             for span, score in spans.items():
                 best[span] = max(score, best.get(span, 0.0))
@@ -131,7 +137,7 @@ class QaTask(Task):
         return Answers(answers, null_score, null_score > highest + options.null_threshold)
 
     def _spans(
-        self, encoded: Encoded, window: Window, rows_L2: FloatArray
+        self, encoded: Encoded, window: Window, rows_L2: FloatArray, words: "WordEdges | None"
     ) -> tuple[float, dict[tuple[int, int], float]]:
         """Score of no answer, and the best answers of one window: (start, end) to score."""
         body = slice(window.offset, window.offset + window.n_tokens)
@@ -149,20 +155,16 @@ class QaTask(Task):
         n_spans = wanted = self._options.top_k
         while True:
             found: dict[tuple[int, int], float] = {}
+            encoded.record.work.charge_spans(min(n_spans, len(scores)))
             for i in best_first(scores, n_spans).tolist():
                 if scores[i] >= 0:
                     first = window.first + i // width
-                    found.setdefault(self._bounds(encoded, first, first + i % width), scores[i])
+                    last = first + i % width
+                    bounds = int(encoded.starts[first]), int(encoded.ends[last])
+                    found.setdefault(words(*bounds) if words else bounds, scores[i])
             if len(found) >= wanted or n_spans >= len(scores):
                 return null, {bounds: float(score) for bounds, score in found.items()}
             n_spans *= 4  # many spans can be the same words
-
-    def _bounds(self, encoded: Encoded, first: int, last: int) -> tuple[int, int]:
-        """Where an answer from one token to another begins and ends in the context."""
-        start, end = int(encoded.starts[first]), int(encoded.ends[last])
-        if self._options.align_to_words:
-            return whole_words(encoded.record.text, start, end)
-        return start, end
 
     def columns(self, values: Sequence[Answers]) -> list[pa.Array]:
         """`predicted_answer` (null where there is none), `predicted_answers`, `null_score`."""
@@ -197,18 +199,37 @@ def best_first(scores: FloatArray, k: int) -> np.ndarray:
 
 
 def whole_words(text: str, start: int, end: int) -> tuple[int, int]:
-    """A span widened to white space, but not into or within scripts written without it.
+    """A span widened to whole words, see `WordEdges`."""
+    return WordEdges(text)(start, end)
+
+
+class WordEdges:
+    """Widens spans of a text to white space, but not into or within scripts written without it.
+
+    The text is read once, however many spans there are and however long its words.
 
     Example:
-        >>> whole_words("in Paris, 2024", 4, 7)
+        >>> WordEdges("in Paris, 2024")(4, 7)
         (3, 9)
     """
-    while start > 0 and _go_together(text[start - 1], text[start]):
-        start -= 1
-    while 0 < end < len(text) and _go_together(text[end - 1], text[end]):
-        end += 1
-    return start, end
 
+    def __init__(self, text: str) -> None:
+        self._size = len(text)
+        self._apart = [match.start() for match in APART.finditer(text)]
 
-def _go_together(left: str, right: str) -> bool:
-    return not (left.isspace() or right.isspace() or is_unspaced(left) or is_unspaced(right))
+    def __call__(self, start: int, end: int) -> tuple[int, int]:
+        if not self._is_apart(start):
+            start = self._apart_before(start) + 1
+        if end > 0 and not self._is_apart(end - 1):
+            at = bisect_left(self._apart, end)
+            end = self._apart[at] if at < len(self._apart) else self._size
+        return start, end
+
+    def _is_apart(self, place: int) -> bool:
+        at = bisect_left(self._apart, place)
+        return at < len(self._apart) and self._apart[at] == place
+
+    def _apart_before(self, place: int) -> int:
+        """The last character before a place that belongs to no word; -1 if there is none."""
+        at = bisect_left(self._apart, place)
+        return self._apart[at - 1] if at else -1

@@ -15,7 +15,7 @@ Only the order of results within a window is ours (by position); there, it is th
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from erniem_batch.tasks.pairing import nearest
 from erniem_batch.text.pieces import UNDERLINE
 from erniem_batch.text.schema import Node, half_width, taskflow_prompt
 from erniem_batch.text.tokenizer import ErnieMTokenizer, longest_first
+from erniem_batch.work import Work
 
 RESERVED_SPECIALS = 3  # though ErnieM has four
 PAIR_SPECIALS = 4
@@ -86,10 +87,10 @@ class TaskflowTask(ItemTask):
         self._lang = options.schema_lang
         self._size = self.windows.size
 
-    def encode(self, records: Sequence[Record]) -> list[Encoded | Failure]:
+    def encode(self, records: Sequence[Record]) -> Iterator[Encoded | Failure]:
         """Windows of the first level of each call."""
-        outcomes: list[Encoded | Failure] = []
         for record in records:
+            record.work.start()
             try:
                 texts = record.text if isinstance(record.text, list) else [record.text]
                 for text in texts:
@@ -99,10 +100,10 @@ class TaskflowTask(ItemTask):
                 none = np.zeros(0, np.int64)
                 n_tokens = len(self.tokenizer.encode_batch(call.texts, offsets=False).ids)
                 empty = Encoded(record, none, none, none, [], n_other_tokens=n_tokens, state=call)
-                outcomes.append(self._round(empty))
+                item: Encoded | Failure = self._round(empty)
             except RecordError as error:
-                outcomes.append(Failure(record.id, "encode", "RecordError", str(error)))
-        return outcomes
+                item = Failure(record.id, "encode", "RecordError", str(error))
+            yield item
 
     def _round(self, encoded: Encoded) -> Encoded:
         """The same with all windows of the stages of this level."""
@@ -110,7 +111,7 @@ class TaskflowTask(ItemTask):
         windows: list[Window] = []
         call.offsets = []
         for stage in call.stages:
-            self._set_examples(stage, call)
+            self._set_examples(stage, call, encoded.record.work)
             for example in stage.examples:
                 for chunk in example.chunks:
                     window, offsets = self._window(example.prompt, chunk)
@@ -118,7 +119,13 @@ class TaskflowTask(ItemTask):
                     call.offsets.append(offsets)
         return replace(encoded, windows=windows)
 
-    def _set_examples(self, stage: Stage, call: Call) -> None:
+    def _set_examples(self, stage: Stage, call: Call, work: Work) -> None:
+        if stage.prefixes is not None:
+            prefixes = [prefix for of_text in stage.prefixes for prefix in of_text]
+            work.require_room_for_text(
+                sum(len(prefix) + len(stage.node.name) for prefix in prefixes)
+            )
+            work.require_room(len(prefixes) * self._size, len(prefixes))
         for i, text in enumerate(call.texts):
             parents: list[str | None] = [None] if stage.prefixes is None else [*stage.prefixes[i]]
             first = len(stage.examples)
@@ -130,8 +137,14 @@ class TaskflowTask(ItemTask):
             return
         last = max(example.prompt for example in stage.examples)
         room = self._size - len(last) - RESERVED_SPECIALS
+        chunks = {
+            text: cut_into_chunks(text, room, self.options.split_sentence)
+            for text in dict.fromkeys(example.text for example in stage.examples)
+        }
+        n_windows = sum(len(chunks[example.text]) for example in stage.examples)
+        work.charge(n_windows * self._size, n_windows)
         for example in stage.examples:
-            example.chunks = cut_into_chunks(example.text, room, self.options.split_sentence)
+            example.chunks = chunks[example.text]
 
     def _window(self, prompt: str, chunk: str) -> tuple[Window, Spans]:
         """One padded model input and the characters of its tokens, (0, 0) of special ones."""

@@ -11,13 +11,13 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
 
 from erniem_batch import storage
+from erniem_batch.cache import ByteCache
 from erniem_batch.errors import ConfigError
 
 MAX_DEPTH = 16
@@ -31,6 +31,9 @@ _ASCII = {**_HALF_WIDTH, 0x3000: 0x20}
 
 _BRACKET = re.compile(r"[\[\]{}]")
 _MARK = re.compile(r"[,，\[［\]］]")
+# Schemas read lately; a name takes much more memory parsed than as text.
+BYTES_PER_CHARACTER = 64
+_SCHEMAS: ByteCache[tuple[str, bool], tuple[Any]] = ByteCache(16 << 20)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +126,20 @@ def is_structured(text: str) -> bool:
     return bare[:1] in ("[", "{") or "\n" in bare
 
 
-@lru_cache(maxsize=4096)
 def schema_of_text(text: str, may_split: bool = True) -> Any:
     """A schema written as text: JSON, YAML, or names with commas between them.
 
     Raises:
         ConfigError: neither.
     """
+    key = (text, may_split)
+    if (known := _SCHEMAS.get(key)) is None:
+        known = (_schema_of_text(text, may_split),)
+        _SCHEMAS.put(key, known, BYTES_PER_CHARACTER * len(text) + 1000)
+    return known[0]
+
+
+def _schema_of_text(text: str, may_split: bool) -> Any:
     if is_structured(text):
         try:
             return _parse_text(text)

@@ -15,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 import sentencepiece
 
+from erniem_batch.cache import ByteCache
 from erniem_batch.errors import CheckpointError, ConfigError
 from erniem_batch.model.files import read_bytes, read_json_object, short_repr
 from erniem_batch.model.overlay import base_folder
@@ -33,6 +34,8 @@ SPECIAL_TOKENS = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_toke
 TRUNCATIONS = ("longest_first", "only_first", "only_second", "do_not_truncate")
 PADDINGS = ("longest", "max_length", "do_not_pad")
 _SIDES = ("left", "right")
+# Of tokens of prompts seen lately.
+PROMPT_CACHE_BYTES = 32 << 20
 
 # sentencepiece.bpe.model and vocab.txt of ErnieM are 5 MB each, with 250,002 tokens.
 MAX_TOKENIZER_BYTES = 64 << 20
@@ -80,6 +83,9 @@ class ErnieMTokenizer:
         model_max_length: where `truncation` cuts unless told otherwise, in tokens.
         num_threads: threads inside one batch call.
         added_tokens: further tokens with ids of their own, by text.
+
+    Attributes:
+        prompts: tokens of short texts that come again and again, for tasks that ask questions.
 
     Raises:
         ConfigError: an option is impossible.
@@ -134,6 +140,7 @@ class ErnieMTokenizer:
         """What follows from the settings; done again after unpickling."""
         if not self._sentencepiece_model:  # the library takes it for no argument
             raise CheckpointError("not a SentencePiece model: it is empty")
+        self.prompts: ByteCache[str, Tokens] = ByteCache(PROMPT_CACHE_BYTES)
         try:
             self._processor = sentencepiece.SentencePieceProcessor(
                 model_proto=self._sentencepiece_model
@@ -183,7 +190,7 @@ class ErnieMTokenizer:
         return {
             name: value
             for name, value in self.__dict__.items()
-            if name not in (*hidden, "_literals")
+            if name not in (*hidden, "_literals", "prompts")
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:

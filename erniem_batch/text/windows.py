@@ -18,6 +18,7 @@ from erniem_batch.records import FloatArray, IntArray, Window
 # With less room than this for the text beside a long prompt, windows would see next to nothing.
 MIN_ROOM = 16
 PAIR_SPECIALS = 4
+SINGLE_SPECIALS = 2
 
 
 def window_starts(
@@ -72,12 +73,49 @@ class WindowMaker:
         self.size = size
         self._overlap = overlap
 
-    def single(self, ids: IntArray, prefix: IntArray | None = None) -> list[Window]:
-        """[CLS] prefix ids [SEP]; a text without tokens gives one window without any."""
+    def count(
+        self, n_taken: int, lengths: Sequence[int], *, what: str, last_is_full: bool = True
+    ) -> tuple[int, int]:
+        """Tokens and windows that the methods below would make, without making them.
+
+        Args:
+            n_taken: tokens of the prompt and special tokens, in each window.
+            lengths: tokens of each text that is read by itself.
+            what: name of the prompt in errors.
+
+        Raises:
+            RecordError: the prompt leaves no room for the text.
+
+        Example:
+            >>> WindowMaker(0, 2, size=7, overlap=2).count(2, [9], what="the prefix")
+            (21, 3)
+        """
+        room = self._room(n_taken, max(lengths, default=0), what)
+        overlap = self._overlap_in(room)
+        step = max(1, room - overlap)
+        n_tokens = n_windows = 0
+        for length in lengths:
+            n_more = -(-max(0, length - room) // step)  # rounded up
+            n_tokens += n_taken * (1 + n_more)
+            if n_more and last_is_full:
+                n_tokens += room * (1 + n_more)
+            else:
+                n_tokens += length + overlap * n_more
+            n_windows += 1 + n_more
+        return n_tokens, n_windows
+
+    def single(
+        self, ids: IntArray, prefix: IntArray | None = None, *, only_first: bool = False
+    ) -> list[Window]:
+        """[CLS] prefix ids [SEP]; a text without tokens gives one window without any.
+
+        Args:
+            only_first: windows behind the first one are left out.
+        """
         prefix = ids[:0] if prefix is None else prefix
-        room = self._room(len(prefix) + 2, len(ids), "the prefix")
+        room = self._room(len(prefix) + SINGLE_SPECIALS, len(ids), "the prefix")
         windows = []
-        for first in window_starts(len(ids), room, self._overlap_in(room)) or [0]:
+        for first in self._starts(len(ids), room, only_first):
             body = ids[first : first + room]
             whole = np.concatenate([self._cls, prefix, body, self._sep])
             windows.append(Window(whole, first, len(body), offset=1 + len(prefix)))
@@ -92,6 +130,7 @@ class WindowMaker:
         part: int = 0,
         slices: Sequence[tuple[int, int]] | None = None,
         last_is_full: bool = True,
+        only_first: bool = False,
     ) -> list[Window]:
         """[CLS] prompt [SEP] [SEP] ids [SEP], the prompt whole in each.
 
@@ -108,15 +147,21 @@ class WindowMaker:
         head = np.concatenate([self._cls, prompt, self._seps])
         windows = []
         for low, high in slices or [(0, len(ids))]:
-            overlap = self._overlap_in(room)
-            starts = window_starts(high - low, room, overlap, last_is_full=last_is_full)
-            for first in starts or [0]:
+            for first in self._starts(high - low, room, only_first, last_is_full):
                 body = ids[low + first : min(low + first + room, high)]
                 whole = np.concatenate([head, body, self._sep])
                 windows.append(Window(whole, low + first, len(body), len(head), part))
         return windows
 
-    def before(self, ids: IntArray, claim: IntArray, *, what: str, part: int = 0) -> list[Window]:
+    def before(
+        self,
+        ids: IntArray,
+        claim: IntArray,
+        *,
+        what: str,
+        part: int = 0,
+        only_first: bool = False,
+    ) -> list[Window]:
         """[CLS] ids [SEP] [SEP] claim [SEP], the claim whole in each.
 
         Raises:
@@ -125,17 +170,29 @@ class WindowMaker:
         room = self._room(len(claim) + PAIR_SPECIALS, len(ids), what)
         tail = np.concatenate([self._seps, claim, self._sep])
         windows = []
-        for first in window_starts(len(ids), room, self._overlap_in(room)) or [0]:
+        for first in self._starts(len(ids), room, only_first):
             body = ids[first : first + room]
             whole = np.concatenate([self._cls, body, tail])
             windows.append(Window(whole, first, len(body), offset=1, part=part))
         return windows
 
-    def pair(self, a: IntArray, b: IntArray, *, what: str, part: int = 0) -> list[Window]:
+    def pair(
+        self, a: IntArray, b: IntArray, *, what: str, part: int = 0, only_first: bool = False
+    ) -> list[Window]:
         """[CLS] a [SEP] [SEP] b [SEP]; of a pair that is too long, the longer one is cut."""
         if len(a) >= len(b):
-            return self.before(a, b, what=what, part=part)
-        return self.behind(a, b, what="the text", part=part)
+            return self.before(a, b, what=what, part=part, only_first=only_first)
+        return self.behind(a, b, what="the text", part=part, only_first=only_first)
+
+    def count_single(self, n_tokens: int, n_prefix: int = 0) -> tuple[int, int]:
+        """What `single` would make of so many tokens, see `count`."""
+        return self.count(n_prefix + SINGLE_SPECIALS, [n_tokens], what="the prefix")
+
+    def count_pair(self, n_a: int, n_b: int, *, what: str) -> tuple[int, int]:
+        """What `pair` would make of texts with so many tokens, see `count`."""
+        shorter, longer = sorted((n_a, n_b))
+        name = what if n_a >= n_b else "the text"
+        return self.count(shorter + PAIR_SPECIALS, [longer], what=name)
 
     def _room(self, n_taken: int, n_tokens: int, what: str) -> int:
         room = self.size - n_taken
@@ -146,6 +203,13 @@ class WindowMaker:
                 f"--window-tokens"
             )
         return room
+
+    def _starts(
+        self, n_tokens: int, room: int, only_first: bool, last_is_full: bool = True
+    ) -> list[int]:
+        overlap = self._overlap_in(room)
+        starts = window_starts(n_tokens, room, overlap, last_is_full=last_is_full) or [0]
+        return starts[:1] if only_first else starts
 
     def _overlap_in(self, room: int) -> int:
         alone = room == self.size - 2

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -301,5 +302,123 @@ def test_who_gives_up_its_turn_keeps_no_lane():
         with pytest.raises(asyncio.CancelledError):
             await waiting
         await asyncio.wait_for(device.take(), timeout=1)
+
+    run(test)
+
+
+# ---- turns --------------------------------------------------------------------------------------
+
+
+def test_a_short_request_does_not_wait_for_all_of_a_long_one():
+    """Of 60,000 tokens that wait, one turn goes before it, and not the whole."""
+
+    async def test() -> None:
+        engine = Engine()
+        async with batcher_of(engine, max_batch=2048, max_queue=10**6) as batcher:
+            engine.free.clear()
+            long = asyncio.create_task(batcher.submit([500] * 120))
+            await ticks()
+            short = asyncio.create_task(batcher.submit([20]))
+            await ticks()
+            engine.free.set()
+            assert (await short).results == [40]
+            assert engine.batches[1] == [20] or engine.batches[2] == [20]
+            assert not long.done()
+            assert (await long).results == [1000] * 120
+
+    run(test)
+
+
+def test_batches_of_long_requests_are_small_while_short_ones_come():
+    async def test() -> None:
+        engine = Engine()
+        async with batcher_of(engine, max_batch=2048, max_queue=10**6) as batcher:
+            long = asyncio.create_task(batcher.submit([60] * 1000))
+            await ticks()
+            short = asyncio.create_task(batcher.submit([20]))
+            for _ in range(5):
+                await short
+                short = asyncio.create_task(batcher.submit([20]))
+            await asyncio.gather(long, short)
+        sizes = [sum(batch) for batch in engine.batches]
+        with_short = [i for i, batch in enumerate(engine.batches) if 20 in batch]
+        assert len(with_short) == 6
+        assert all(sizes[i] == 20 for i in with_short)
+        assert all(sizes[i + 1] <= 128 for i in with_short[:-1])
+        assert max(sizes) > 2000, "alone, they are full"
+        assert all(b - a == 2 for a, b in pairwise(with_short)), "in turn"
+
+    run(test)
+
+
+def test_many_small_items_are_a_long_request_too():
+    async def test() -> None:
+        engine = Engine()
+        async with batcher_of(engine, max_batch=100, max_queue=10**6, turn_tokens=50) as batcher:
+            engine.free.clear()
+            running = asyncio.create_task(batcher.submit([1]))
+            await ticks()
+            tasks = [asyncio.create_task(batcher.submit([10] * n)) for n in (100, 2, 100, 1)]
+            await ticks()
+            engine.free.set()
+            await asyncio.gather(running, tasks[1], tasks[3])
+            assert not tasks[0].done()
+            assert not tasks[2].done()
+            await asyncio.gather(*tasks)
+        assert engine.batches[2] == [10] * 3, "short ones by themselves"
+        assert engine.batches[1] == [10] * 10, "of both long ones, 50 each"
+
+    run(test)
+
+
+def test_a_long_request_that_fills_the_queue_refuses_no_short_one():
+    async def test() -> None:
+        engine = Engine()
+        async with batcher_of(engine, max_queue=1000) as batcher:
+            engine.free.clear()
+            running = asyncio.create_task(batcher.submit([1]))
+            await ticks()
+            long = asyncio.create_task(batcher.submit([100] * 10))
+            await ticks()
+            with pytest.raises(QueueFullError):
+                await batcher.submit([100] * 6)
+            short = [asyncio.create_task(batcher.submit([100])) for _ in range(10)]
+            await ticks()
+            with pytest.raises(QueueFullError):
+                await batcher.submit([1])
+            engine.free.set()
+            await asyncio.gather(running, long, *short)
+        assert batcher.n_waiting_tokens == 0
+
+    run(test)
+
+
+def test_follow_ups_take_no_room_from_others_and_have_a_limit_of_their_own():
+    async def test() -> None:
+        engine = Engine()
+        async with batcher_of(engine, max_queue=100) as batcher:
+            engine.free.clear()
+            running = asyncio.create_task(batcher.submit([60]))
+            await ticks()
+            bomb = asyncio.create_task(batcher.submit([50] * 7, is_follow_up=True))
+            await ticks()
+            assert batcher.n_waiting_tokens == 350
+            new = asyncio.create_task(batcher.submit([50, 50]))  # as if nothing else waited
+            await ticks()
+            assert not new.done()
+            with pytest.raises(QueueFullError):
+                await batcher.submit([1])
+            with pytest.raises(QueueFullError):
+                await batcher.submit([51], is_follow_up=True)
+            more = asyncio.create_task(batcher.submit([50], is_follow_up=True))
+            await ticks()
+            bomb.cancel()
+            await ticks()
+            assert batcher.n_waiting_tokens == 150, "what was given up leaves the queue"
+            engine.free.set()
+            assert (await new).results == [100, 100]
+            assert (await more).results == [100]
+            await running
+        assert batcher.n_waiting_tokens == 0
 
     run(test)

@@ -10,17 +10,27 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from erniem_batch import ErnieMConfig
+from erniem_batch.cache import ByteCache
 from erniem_batch.config import PredictorConfig
 from erniem_batch.errors import ConfigError
 from erniem_batch.options import ExtractOptions
 from erniem_batch.predictor import Predictor
 from erniem_batch.records import Failure, Record
-from erniem_batch.tasks.extract import Item, taskflow_json, walk
+from erniem_batch.tasks.extract import Item, Places, stripped, taskflow_json, walk
 from erniem_batch.tasks.make import make_task
-from erniem_batch.tasks.pairing import Candidate, join_windows, nearest, nested, pair
+from erniem_batch.tasks.pairing import (
+    Candidate,
+    count_pairs,
+    join_windows,
+    nearest,
+    nested,
+    pair,
+)
 from erniem_batch.text.schema import prompt_of
 
 YES, NO = 4.0, -6.0
@@ -259,6 +269,7 @@ def test_threads_with_schemas_of_their_own(extract):
 
 
 def test_one_stream_a_level_and_each_text_tokenized_once(extract, monkeypatch, tokenizer):
+    monkeypatch.setattr(tokenizer, "prompts", ByteCache(1 << 20))
     names = [f"Name {n}" for n in "abcdefgh"]
     predictor = extract({name: ["Berlin"] for name in names}, [{n: "Mayor"} for n in names])
     streams, texts = [], []
@@ -451,3 +462,61 @@ def test_scores_that_are_no_numbers_fail_the_row(extract):
     rows = np.full((len(encoded.windows[0].ids), 2), np.nan, np.float32)
     outcome = predictor.decode(encoded, [rows])
     assert (outcome.stage, outcome.error) == ("decode", "RecordError")
+
+
+# ---- spans, in time that grows with their number alone -------------------------------------------
+
+
+def joined_slowly(candidates, apart):
+    """`join_windows` as it was, by comparing each span with each other."""
+    best = {}
+    for new in candidates:
+        old = best.get((new.start, new.end), new)
+        probability = max(old.probability, new.probability)
+        best[new.start, new.end] = Candidate(new.start, new.end, probability, old.cut and new.cut)
+    ordered = [best[key] for key in sorted(best)]
+    if not apart:
+        return [
+            c
+            for c in ordered
+            if not c.cut
+            or not any(o.start <= c.start and c.end <= o.end for o in ordered if o is not c)
+        ]
+    chosen = []
+    for c in sorted(ordered, key=lambda c: (c.cut, -c.probability, c.start, c.end)):
+        if all(c.end <= other.start or other.end <= c.start for other in chosen):
+            chosen.append(c)
+    return sorted(chosen, key=lambda c: c.start)
+
+
+SPANS = st.builds(
+    lambda start, length, probability, cut: Candidate(start, start + length, probability, cut),
+    st.integers(0, 30),
+    st.integers(1, 12),
+    st.sampled_from([0.25, 0.5, 0.75]),
+    st.booleans(),
+)
+
+
+@given(st.lists(SPANS, max_size=25))
+def test_joining_windows_is_what_comparing_each_with_each_gives(candidates):
+    for apart in (False, True):
+        assert join_windows(candidates, apart=apart) == joined_slowly(candidates, apart)
+
+
+@given(st.sets(st.integers(0, 40)), st.sets(st.integers(0, 40)))
+def test_pairs_are_counted_as_they_are_made(starts, ends):
+    starts, ends = sorted(starts), sorted(ends)
+    assert count_pairs(starts, ends) == len(pair(starts, ends, "all"))
+    assert len(pair(starts, ends, "nested")) <= len(starts) + len(ends)
+
+
+@given(st.text(" a\u3000b\n", max_size=30), st.data())
+def test_edges_without_white_space(text, data):
+    places = Places(text, "codepoint")
+    for _ in range(8):
+        start = data.draw(st.integers(0, len(text)))
+        end = data.draw(st.integers(start, len(text)))
+        a, b = places.stripped(start, end)
+        assert text[a:b] == text[start:end].strip()
+        assert a == b or (a, b) == stripped(text, start, end)

@@ -13,7 +13,9 @@ from erniem_batch.options import QaOptions
 from erniem_batch.predictor import Predictor
 from erniem_batch.records import Failure, Record
 from erniem_batch.tasks.make import make_task
-from erniem_batch.tasks.qa import Answers, best_first, whole_words
+from erniem_batch.tasks.ner import is_unspaced
+from erniem_batch.tasks.qa import Answers, WordEdges, best_first, whole_words
+from erniem_batch.work import Work
 
 
 class KnowingModel(nn.Module):
@@ -201,3 +203,29 @@ def test_best_first(scores, k):
     scores = np.array(scores, np.float32)
     expected = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:k]
     assert best_first(scores, k).tolist() == expected
+
+
+@given(st.text("ab ,京都\u0e01\n", min_size=1, max_size=40), st.data())
+def test_words_are_widened_as_character_by_character(text, data):
+    def go_together(left, right):
+        return not (left.isspace() or right.isspace() or is_unspaced(left) or is_unspaced(right))
+
+    words = WordEdges(text)
+    for _ in range(8):
+        start = data.draw(st.integers(0, len(text) - 1))
+        end = data.draw(st.integers(start + 1, len(text)))
+        first, last = start, end
+        while first > 0 and go_together(text[first - 1], text[first]):
+            first -= 1
+        while last < len(text) and go_together(text[last - 1], text[last]):
+            last += 1
+        assert words(start, end) == (first, last)
+
+
+def test_every_answer_of_a_long_word_is_bounded(make):
+    """Each span of one word as long as the text was widened character by character."""
+    predictor = make({}, {}, top_k=10_000, max_answer_tokens=10_000, align_to_words=True)
+    work = Work(max_spans=20_000)
+    (outcome,) = predictor.predict([Record("0", "x" * 20_000, {"question": "op?"}, work)])
+    assert isinstance(outcome, Failure)
+    assert "spans as candidates; at most 20000 a row" in outcome.reason

@@ -4,15 +4,21 @@ import asyncio
 import base64
 import json
 import logging
+import os
 import re
+import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 import torch
+from hostile_bodies import HOSTILE_BODIES
+from serving import served
 
+from erniem_batch.client import AsyncClient, Failed
 from erniem_batch.errors import DeviceError
 from erniem_batch.options import TASKS
 from erniem_batch.predictor import Predictor
@@ -150,7 +156,7 @@ def test_options_are_of_one_request(run):
         assert len(none[0]["entities"]) > len(plain[0]["entities"]) > 0
         assert high[0]["entities"] == []
         for schema in ("Person", ["City"], {"Person": ["City"]}):
-            found = await ask(client, "extract", text, schema=schema, schema_lang="en")
+            found = await ask(client, "extract", text[:600], schema=schema, schema_lang="en")
             names = {item["name"] for item in found[0]["extracted"]}
             assert names <= ({"Person", "City"} if isinstance(schema, dict) else {*schema, schema}
                              if isinstance(schema, str) else set(schema))  # fmt: skip
@@ -471,10 +477,10 @@ def test_a_pass_that_hangs_is_seen_by_the_health_check(run, monkeypatch):
 
 def test_a_fault_of_ours_tells_where_and_not_what(run, monkeypatch, caplog):
     async def test(client: httpx.AsyncClient, engine: Engine) -> None:
-        def fail(self: Predictor, records: Any) -> Any:
+        def fail(self: Predictor, records: Any, n_characters: Any) -> Any:
             raise KeyError(records[0].text)
 
-        monkeypatch.setattr(Predictor, "encode", fail)
+        monkeypatch.setattr(Predictor, "_encode_in_turn", fail)
         with caplog.at_level(logging.INFO):
             response = await client.post("/v1/ner", json={"inputs": "hidden"})
         assert response.status_code == 500
@@ -527,3 +533,129 @@ def test_a_model_that_cannot_answer_never_becomes_ready(loaded, monkeypatch):
     asyncio.run(test())
     assert json.dumps(loaded.config.model_dump()), "settings are plain values"
     assert torch.get_num_threads() >= 1
+
+
+# ---- requests that make too much work -----------------------------------------------------------
+
+COSTLY = [body for body in HOSTILE_BODIES if body.is_costly and "label" not in body.name]
+
+
+@pytest.mark.parametrize("body", COSTLY, ids=lambda body: body.name)
+def test_too_much_work_is_refused_with_its_numbers(run, body):
+    """Within seconds, with nothing left behind in queues and threads."""
+
+    async def test(client: httpx.AsyncClient, engine: Engine) -> None:
+        headers = {"content-type": "application/json"}
+        response = await client.post(body.path, content=body.make(), headers=headers)
+        if body.name == "every span of a short text":  # not too many in windows of 64 tokens
+            assert response.status_code == 200
+        else:
+            assert response.status_code in (413, 422), response.text[:300]
+            assert re.search(r"\d+ .*(at most|of) \d+", error_of(response)["message"])
+        assert all(batcher.n_waiting_tokens == 0 for batcher in engine._batchers.values())
+        await asyncio.wait_for(free_threads(engine), timeout=10)
+
+    run(test, max_request_tokens=4000)
+
+
+@pytest.mark.parametrize(("limit", "status"), [(100, 413), (1000, 200)])
+def test_a_limit_can_be_raised(run, limit, status):
+    async def test(client: httpx.AsyncClient, engine: Engine) -> None:
+        response = await client.post("/v1/ner", json={"inputs": "word " * 200})
+        assert response.status_code == status, response.text
+
+    run(test, max_request_tokens=limit)
+
+
+def test_the_limit_is_that_of_the_queue_unless_told_otherwise():
+    assert ModelConfig(max_queue_tokens=10).request_tokens == 65_536
+    assert ModelConfig(max_queue_tokens=10**6).request_tokens == 10**6
+
+
+def test_the_client_cuts_requests_that_make_too_much_work(run):
+    """Each item is answered as it would be alone; one that is too much by itself fails alone."""
+    texts = ["word " * 50, "Ada lived.", LONG, *["in Berlin " * 40] * 5]
+
+    async def test(client: httpx.AsyncClient, engine: Engine) -> None:
+        transport = httpx.ASGITransport(client._transport.app)
+        async with AsyncClient("http://test", transport=transport) as ours:
+            results = await ours.ner(texts)
+        assert [result.id for result in results] == [str(i) for i in range(len(texts))]
+        failed = [isinstance(result, Failed) for result in results]
+        assert failed == [text == LONG for text in texts]
+        assert results[2].code == "request_too_large"
+        assert [r.n_windows > 0 for r in results if not isinstance(r, Failed)] == [True] * 7
+
+    run(test, max_request_tokens=500)
+
+
+async def free_threads(engine: Engine) -> None:
+    """Returns when every text thread is free at the same time."""
+    import threading
+
+    for pool in (engine._threads, engine._long_threads):
+        barrier = threading.Barrier(pool._max_workers)
+        waiting = [pool.submit(barrier.wait, 30) for _ in range(pool._max_workers)]
+        await asyncio.gather(*map(asyncio.wrap_future, waiting))
+
+
+@pytest.mark.parametrize("how", ["deadline", "client"])
+def test_what_nobody_waits_for_ends(run, how):
+    """The limit is raised so far that it would take minutes and gigabytes."""
+    body = {"inputs": "in Berlin " * 4000, "options": {"schema": [f"n{i}" for i in range(2000)]}}
+
+    async def test(client: httpx.AsyncClient, engine: Engine) -> None:
+        if how == "deadline":
+            headers = {"x-request-timeout-seconds": "0.5"}
+            late = await client.post("/v1/extract", json=body, headers=headers)
+            assert late.status_code == 504
+        else:
+            asking = asyncio.create_task(client.post("/v1/extract", json=body))
+            await asyncio.sleep(0.5)
+            asking.cancel()
+        await asyncio.wait_for(free_threads(engine), timeout=10)
+        assert all(batcher.n_waiting_tokens == 0 for batcher in engine._batchers.values())
+        before = resident_mb()
+        await asyncio.sleep(0.3)
+        assert resident_mb() < before + 50, "nothing is allocated any more"
+        assert await ask(client, "ner", "some words")
+
+    run(test, max_request_tokens=10**9)
+
+
+def resident_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def test_short_texts_have_their_turn_beside_long_ones(run):
+    """A large request is read and decoded in slices, in a thread of its own."""
+    many = [LONG[:200]] * 200
+
+    async def test(client: httpx.AsyncClient, engine: Engine) -> None:
+        large = asyncio.create_task(client.post("/v1/ner", json={"inputs": many}))
+        await asyncio.sleep(0.2)
+        n_answers = 0
+        while not large.done():
+            await ask(client, "qa", {"question": "Who?", "context": "Ada lived."})
+            n_answers += 1
+        assert large.result().status_code == 200
+        assert n_answers >= 3, "they do not wait for its end"
+
+    run(test)
+
+
+def test_a_client_that_goes_away_ends_its_request(loaded, monkeypatch):
+    """Over a real connection, to a server that does not cancel requests by itself."""
+    monkeypatch.setattr(Predictor, "close", lambda self: None)
+    valve = Valve(monkeypatch)
+    engine = Engine(loaded.config, loaded.predictors, loaded.folders)
+    with served(make_api(AppConfig(), {"tiny": engine})) as url:
+        valve.apply()
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}/v1/ner", json={"inputs": LONG}, timeout=0.5)
+        deadline = time.monotonic() + 10
+        while engine._batchers["ner"].n_waiting_tokens and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert engine._batchers["ner"].n_waiting_tokens == 0
+        valve.open.set()
