@@ -11,8 +11,10 @@ from rich.console import Console
 
 from erniem_batch.errors import ConfigError
 from erniem_batch.job.cluster import SPARE_CPUS, connect_to
+from erniem_batch.serve.config import AppConfig
 from erniem_batch.serve.flags import ServeFlags
-from erniem_batch.serve.tokens import allowed_hashes
+from erniem_batch.serve.hosts import is_address
+from erniem_batch.serve.tokens import allowed_hashes, hashes_of_environment
 
 NAME = "erniem-batch"
 # For so many replicas.
@@ -30,7 +32,7 @@ def serve(flags: ServeFlags, until: Callable[[], object] | None = None) -> None:
     """
     cores = os.cpu_count() or 1
     config = flags.app_config(cores)
-    allowed_hashes(config)  # said now, not by a replica later
+    config = _with_what_is_known_here(config, flags)
     if flags.address is None and "RAY_ADDRESS" not in os.environ:
         require_free("port", flags.host, flags.port)
         if flags.direct_port is not None:
@@ -90,6 +92,21 @@ def serve(flags: ServeFlags, until: Callable[[], object] | None = None) -> None:
             if is_local:
                 ray_serve.shutdown()
                 ray.shutdown()
+
+
+def _with_what_is_known_here(config: AppConfig, flags: ServeFlags) -> AppConfig:
+    """The same settings with what replicas, perhaps on other machines, cannot find out.
+
+    Raises:
+        ConfigError: the tokens are unusable; said now, not by a replica later.
+    """
+    hashes = allowed_hashes(config)
+    changes: dict[str, object] = {}
+    if here := hashes_of_environment():
+        changes["tokens"] = tuple(dict.fromkeys([*config.tokens, *here]))
+    if (config.allowed_hosts or not hashes) and not is_address(flags.host):
+        changes["allowed_hosts"] = (*config.allowed_hosts, flags.host)
+    return config.model_copy(update=changes)
 
 
 def _settings_of_ray(direct_port: int | None, environment: Mapping[str, str]) -> dict[str, str]:
