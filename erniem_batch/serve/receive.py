@@ -16,6 +16,7 @@ The same middleware stands before a replica that listens itself (`--direct-port`
 
 import asyncio
 import logging
+import os
 import pickle
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Self
@@ -37,11 +38,15 @@ MESSAGES = "erniem_batch.messages"
 MAX_BODY = 65_536
 # Share of the memory for bodies that larger ones may take: small requests always find some.
 SHARE_OF_LARGE = 0.75
+REQUEST_ID = b"x-request-id"
 MAX_REQUEST_ID = 128
 
 Call = Callable[[Any], Awaitable[bytes]]
 
-logger = logging.getLogger(__name__)
+# No request is logged unless this is 1.
+ACCESS_LOG = "ERNIEM_BATCH_ACCESS_LOG"
+# That of the proxy, whose lines go where it writes others.
+logger = logging.getLogger("ray.serve")
 
 
 def middlewares_of_the_proxy() -> list[Middleware]:
@@ -67,6 +72,8 @@ class BodyWithTheHead:
         self._memory = _Memory(self._limits.total_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            _drop_odd_request_ids(scope)
         if scope["type"] != "http" or _declared_bytes(scope) > self._limits.max_bytes:
             await self._app(scope, receive, send)
             return
@@ -182,18 +189,31 @@ def _declared_bytes(scope: Scope) -> int:
     return int(declared) if declared.isdecimal() and len(declared) < 20 else 0
 
 
+def _drop_odd_request_ids(scope: Scope) -> None:
+    """Serve writes them into its log, and takes those that are not UTF-8 for a fault of its own."""
+    scope["headers"] = [
+        (name, value)
+        for name, value in scope["headers"]
+        if name.lower() != REQUEST_ID or _is_plain(value)
+    ]
+
+
+def _is_plain(value: bytes) -> bool:
+    return 0 < len(value) <= MAX_REQUEST_ID and all(33 <= byte <= 126 for byte in value)
+
+
 async def _refuse(scope: Scope, send: Send, status: int, code: str, message: str) -> None:
     """Answer in the form of our errors, and close the connection, on which more may come."""
-    given = Headers(scope=scope).get("x-request-id", "")[:MAX_REQUEST_ID]
     error = {
         "message": message,
         "type": "server_error" if status >= 500 else "invalid_request_error",
         "code": code,
         "param": None,
-        "request_id": given if given and given.isascii() and given.isprintable() else None,
+        "request_id": Headers(scope=scope).get("x-request-id"),
     }
     headers = {"Connection": "close"} | ({"Retry-After": "1"} if status == 503 else {})
-    logger.info("refused status=%d code=%s", status, code)
+    level = logging.WARNING if os.environ.get(ACCESS_LOG) == "1" else logging.DEBUG
+    logger.log(level, "%s refused status=%d code=%s", scope["method"], status, code)
     await JSONResponse({"error": error}, status, headers)(scope, _nothing, send)
 
 

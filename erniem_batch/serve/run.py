@@ -20,6 +20,15 @@ NAME = "erniem-batch"
 # For so many replicas.
 DIRECT_PORTS = 1000
 
+# For --access-log: lines come here at once, each of them. Ray would write them to files of its
+# own, after a while, and leave out those that look alike.
+ACCESS_LOG = {
+    "RAY_SERVE_LOG_TO_STDERR": "1",
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
+    "RAY_DEDUP_LOGS": "0",
+    "ERNIEM_BATCH_ACCESS_LOG": "1",
+}
+
 
 def serve(flags: ServeFlags, until: Callable[[], object] | None = None) -> None:
     """Serves until it is told to end (Ctrl-C or SIGTERM), and finishes what was accepted.
@@ -40,6 +49,9 @@ def serve(flags: ServeFlags, until: Callable[[], object] | None = None) -> None:
     elif flags.direct_port is not None:
         raise ConfigError("--direct-port is for a Ray of its own, not for one that runs already")
     os.environ.update(_settings_of_ray(flags.direct_port, os.environ))
+    os.environ.update(config.body_limits.as_environment())
+    if flags.access_log:
+        os.environ.update(ACCESS_LOG)
     cpus = sum(model.num_cpus for model in config.all_models)
     is_local = connect_to(
         flags.address, max(cores, math.ceil(cpus)) + SPARE_CPUS, flags.metrics_port
@@ -57,6 +69,8 @@ def serve(flags: ServeFlags, until: Callable[[], object] | None = None) -> None:
             signal.signal(number, lambda *_: ended.set())
         until = ended.wait
     log = LoggingConfig(log_level="WARNING", enable_access_log=flags.access_log)
+    # Replicas alone tell of requests, and do so on the level of information.
+    log_of_replicas = log.model_copy(update={"log_level": "INFO"}) if flags.access_log else log
     console = Console(stderr=True)
     with console.status("loading the model …"):
         ray_serve.start(
@@ -69,7 +83,7 @@ def serve(flags: ServeFlags, until: Callable[[], object] | None = None) -> None:
             ),
             logging_config=log,
         )
-        ray_serve.run(app(config), name=NAME, route_prefix="/", logging_config=log)
+        ray_serve.run(app(config), name=NAME, route_prefix="/", logging_config=log_of_replicas)
     scheme = "https" if flags.tls_cert else "http"
     console.print(f"serving {', '.join(m.name for m in config.all_models)}", highlight=False)
     console.print(f"  page     {scheme}://{flags.host}:{flags.port}/")
@@ -140,6 +154,8 @@ def _settings_of_ray(direct_port: int | None, environment: Mapping[str, str]) ->
     if direct_port is None:
         return settings
     return settings | {
+        # The replica finds a free port itself, see serve/addresses.py: Ray's choice is but a try.
+        "ERNIEM_BATCH_DIRECT_PORT": str(direct_port),
         "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(direct_port),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(min(direct_port + DIRECT_PORTS, 65535)),

@@ -23,7 +23,12 @@ from erniem_batch.serve.config import AppConfig
 from erniem_batch.serve.connections import BoundedConnection
 from erniem_batch.serve.limits import BodyLimits
 from erniem_batch.serve.messages import Refused
-from erniem_batch.serve.receive import BodyWithTheHead, OnlyTheBody, middlewares_of_the_proxy
+from erniem_batch.serve.receive import (
+    MESSAGES,
+    BodyWithTheHead,
+    OnlyTheBody,
+    middlewares_of_the_proxy,
+)
 from erniem_batch.serve.run import _settings_of_ray
 
 SCOPE = {"type": "http"}
@@ -195,6 +200,7 @@ def test_a_body_that_is_said_to_be_too_large_is_left_to_the_application() -> Non
 
     async def application(there: Any, receive: Any, send: Any) -> None:
         assert there is scope
+        assert MESSAGES not in scope
         assert receive is client
 
     asyncio.run(BodyWithTheHead(application, LIMITS)(scope, client, None))  # type: ignore[arg-type]
@@ -286,6 +292,31 @@ def test_memory_of_all_bodies_is_bounded() -> None:
         assert statuses[-1] == 200
 
     asyncio.run(test())
+
+
+@pytest.mark.parametrize(
+    ("value", "stays"),
+    [
+        (b"mine", True),
+        (b"\x1b[31mred", False),
+        (b"two words", False),
+        (b"\xff", False),
+        (b"x" * 129, False),
+        (b"", False),
+    ],
+)
+@pytest.mark.parametrize("n_bytes", [1, LIMITS.max_bytes + 1])
+def test_request_ids_that_are_odd_go_no_further(value: bytes, stays: bool, n_bytes: int) -> None:
+    """Serve gives the request one of its own then."""
+    seen: list[Any] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        seen.extend(value for name, value in scope["headers"] if name.lower() == b"x-request-id")
+
+    scope = declared(n_bytes)
+    scope["headers"].append((b"X-Request-ID", value))
+    asyncio.run(BodyWithTheHead(application, LIMITS)(scope, Client(b"x"), None))  # type: ignore[arg-type]
+    assert seen == [value] * stays
 
 
 def test_limits_travel_by_the_environment() -> None:
