@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+from erniem_batch import stopping
 from erniem_batch.config import PredictorConfig, shares_weights
 from erniem_batch.errors import ConfigError, JobError
 from erniem_batch.job.config import JobConfig
@@ -104,6 +105,7 @@ def connect_to(address: str | None, local_cpus: int, metrics_port: int | None = 
     try:
         with _quiet_core(), _on_loopback() if local else nullcontext():
             ray.init(**options)
+        stopping.listen()  # Ray has put a handler of its own in place
     except Exception as error:  # Ray raises plain ones
         if not local:
             raise ConfigError(

@@ -5,10 +5,12 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
 
+from erniem_batch import stopping
 from erniem_batch.errors import ConfigError
 from erniem_batch.job.cluster import SPARE_CPUS, connect_to
 from erniem_batch.serve.config import AppConfig
@@ -63,11 +65,6 @@ def serve(flags: ServeFlags, until: Callable[[], object] | None = None) -> None:
 
     from erniem_batch.serve.deployments import GRACE_S, app
 
-    ended = threading.Event()
-    if until is None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: ended.set())
-        until = ended.wait
     log = LoggingConfig(log_level="WARNING", enable_access_log=flags.access_log)
     # Replicas alone tell of requests, and do so on the level of information.
     log_of_replicas = log.model_copy(update={"log_level": "INFO"}) if flags.access_log else log
@@ -94,18 +91,33 @@ def serve(flags: ServeFlags, until: Callable[[], object] | None = None) -> None:
         node = next(node for node in ray.nodes() if node["Alive"])
         console.print(f"  metrics  http://127.0.0.1:{node['MetricsExportPort']}/metrics")
     console.print("end with Ctrl-C")
-    try:
-        until()
-    finally:
-        console.print("finishing what was accepted …")
+    with _told_to_end() if until is None else nullcontext(until) as wait:
         try:
-            ray_serve.delete(NAME)
-        except TimeoutError:  # Serve waits a minute; a request may have taken longer
-            console.print("gave up waiting for the last requests")
+            wait()
         finally:
-            if is_local:
-                ray_serve.shutdown()
-                ray.shutdown()
+            console.print("finishing what was accepted …")
+            try:
+                ray_serve.delete(NAME)
+            except TimeoutError:  # Serve waits a minute; a request may have taken longer
+                console.print("gave up waiting for the last requests")
+            finally:
+                if is_local:
+                    ray_serve.shutdown()
+                    ray.shutdown()
+
+
+@contextmanager
+def _told_to_end() -> Iterator[Callable[[], object]]:
+    """A function that waits for a first signal. A Ctrl-C after it ends the process at once."""
+    ended = threading.Event()
+
+    def on_signal(number: int) -> None:
+        if ended.is_set() and number == signal.SIGINT:
+            stopping.finish(number)
+        ended.set()
+
+    with stopping.elsewhere(on_signal):
+        yield ended.wait
 
 
 def _with_what_is_known_here(config: AppConfig, flags: ServeFlags) -> AppConfig:
