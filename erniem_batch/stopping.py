@@ -133,25 +133,32 @@ def exit_code() -> int:
 
 
 def say() -> None:
-    """Tell on the terminal that the command was stopped; once."""
+    """Tell on standard error that the command was stopped; a program does so once."""
     with _State.talking:
-        if not _State.said:
-            _State.said = True
-            start = SHOW_CURSOR if os.isatty(2) else ""
+        if _State.said and _State.installed:
+            return
+        _State.said = True
+        text = (SHOW_CURSOR if sys.stderr.isatty() else "") + SENTENCE + "\n"
+        if threading.current_thread() is threading.main_thread():
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        else:  # the main thread may hold the lock of the stream
             with suppress(OSError):
-                os.write(2, f"{start}{SENTENCE}\n".encode())
+                os.write(2, text.encode())
 
 
 def finish(number: int) -> NoReturn:
     """End the process after a signal, from whatever thread."""
-    say()
-    os._exit(EXIT_BASE + number)
+    try:
+        say()
+    finally:
+        os._exit(EXIT_BASE + number)
 
 
 def _on_signal(number: int, _: object) -> None:
     """In the main thread."""
     for each in SIGNALS:  # once is enough
-        with suppress(ValueError):
+        if signal.getsignal(each) is _on_signal:
             signal.signal(each, signal.SIG_IGN)
     _State.number = number
     if not _State.orderly:

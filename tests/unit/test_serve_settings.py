@@ -4,6 +4,7 @@ import asyncio
 import importlib
 import inspect
 import json
+import re
 import socket
 from dataclasses import fields
 from pathlib import Path
@@ -19,10 +20,12 @@ from erniem_batch.errors import ConfigError
 from erniem_batch.model.config import ErnieMConfig
 from erniem_batch.options import OPTIONS, TASKS, options_of
 from erniem_batch.serve import deployments
+from erniem_batch.serve.addresses import DIRECT_PORT
 from erniem_batch.serve.api import make_api
 from erniem_batch.serve.config import AppConfig, Autoscaling, ModelConfig, app_config
 from erniem_batch.serve.flags import ServeFlags
 from erniem_batch.serve.hosts import is_known_host
+from erniem_batch.serve.limits import BodyLimits
 from erniem_batch.serve.messages import (
     EXAMPLES,
     NOT_ONLINE,
@@ -35,7 +38,12 @@ from erniem_batch.serve.messages import (
     items_of,
 )
 from erniem_batch.serve.models import model_folders
-from erniem_batch.serve.run import _settings_of_ray, _with_what_is_known_here, require_free
+from erniem_batch.serve.run import (
+    ACCESS_LOG,
+    _settings_of_ray,
+    _with_what_is_known_here,
+    require_free,
+)
 from erniem_batch.serve.tokens import VARIABLE, allowed_hashes, hash_of, is_allowed, new_token
 from erniem_batch.tasks.make import make_task
 
@@ -245,6 +253,15 @@ def test_the_command_makes_a_token(capsys):
     assert hash_of(made["token"]) == made["sha256"]
 
 
+def test_limits_of_bodies_are_documented():
+    """Name and default of each variable, as a proxy on a cluster reads them."""
+    readme = (Path(__file__).parents[2] / "deploy" / "README.md").read_text()
+    for name, value in BodyLimits().as_environment().items():
+        (row,) = re.findall(rf"^\| `{name}` \| `(\w+)` \| (\d+) \|", readme, flags=re.M)
+        assert getattr(AppConfig(), row[0]) == float(row[1]) == float(value)
+        assert BodyLimits.from_environment({name: "5"}) != BodyLimits()
+
+
 # ---- hosts --------------------------------------------------------------------------------------
 
 
@@ -390,10 +407,13 @@ def test_ports_of_replicas_are_opened_when_asked_for():
     assert direct["RAY_SERVE_ENABLE_DIRECT_INGRESS"] == "1"
     ports = [direct[f"RAY_SERVE_DIRECT_INGRESS_{end}_HTTP_PORT"] for end in ("MIN", "MAX")]
     assert ports == ["65000", "65535"]
+    assert direct[DIRECT_PORT] == "65000"
+    from ray._private import ray_constants
     from ray.serve._private import constants
 
-    known = inspect.getsource(constants)
-    assert not [name for name in direct if f'"{name}"' not in known], "as Ray calls them"
+    known = inspect.getsource(constants) + inspect.getsource(ray_constants)
+    names = [name for name in [*direct, *ACCESS_LOG] if name.startswith("RAY_")]
+    assert not [name for name in names if f'"{name}"' not in known], "as Ray calls them"
 
 
 def test_the_environment_wins_over_defaults_and_a_flag_over_the_environment():
