@@ -11,6 +11,7 @@ from typing import Any
 import listening
 import pytest
 from fakes import write_jsonl
+from fault.runs import free_port
 from faulty import words
 from terminal import CTRL_C, Terminal, in_terminal
 
@@ -144,6 +145,72 @@ def test_work_that_is_stopped_is_said_to_be(tmp_path: Path, job: list[str]) -> N
         wait_until(lambda: terminal.text() is not None and ledger.exists(), 120)
         family = listening.family(terminal.process.pid)
         assert len(family) > 5
+        hosts = {host for host, _ in listening.addresses(terminal.process.pid)}
+        assert hosts <= {"127.0.0.1", "::ffff:127.0.0.1"}, "nothing of it is open to others"
         stop(terminal, signal.SIGINT)
         wait_until(lambda: not any(map(listening.command_of, family)))
     assert status(str(tmp_path / "out")).state == "stopped"
+
+
+TRAIN = ROOT / "erniem_batch" / "demo" / "annotated" / "train.jsonl"
+OTHERS = {
+    "plan": ["plan", "ner"],
+    "demo": ["ner"],
+    "finetune": [
+        "finetune",
+        "--task",
+        "classify",
+        "--model",
+        "demo",
+        "--epochs",
+        "50",
+        "--output",
+        "trained",
+    ],
+    "serve": ["serve", "--tasks", "ner"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_commands_at_five_moments(tmp_path: Path, name: str) -> None:
+    """Until a service is ready; what ends before is skipped."""
+    draw = random.Random(f"{SEED}{name}")
+    n_stopped = 0
+    command = OTHERS[name]
+    if name == "serve":
+        command = [*command, "--port", str(free_port())]
+    if name == "finetune":
+        command = [*command, "--train", str(TRAIN)]
+    for latest in (2, 4, 8, 12, 16):
+        with in_terminal([*COMMAND, *command], environment(), tmp_path) as terminal:
+            wait_until(lambda terminal=terminal: terminal.hears(signal.SIGTERM))
+            give_up = time.monotonic() + draw.uniform(0.5, 1.0) * latest
+            while time.monotonic() < give_up and terminal.process.poll() is None:
+                terminal.text(0.02)
+            if terminal.process.poll() is not None:
+                assert terminal.process.returncode == 0, terminal.text()
+                continue
+            family = listening.family(terminal.process.pid)
+            if "end with Ctrl-C" not in terminal.text():
+                stop(terminal, signal.SIGINT)
+                n_stopped += 1
+        wait_until(lambda family=family: not any(map(listening.command_of, family)))
+    assert n_stopped >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_keys", [1, 2])
+def test_a_service_ends_by_the_key(tmp_path: Path, n_keys: int) -> None:
+    """It finishes what was accepted, unless the key comes again."""
+    command = [*COMMAND, "serve", "--tasks", "ner", "--port", str(free_port())]
+    with in_terminal(command, environment(), tmp_path) as terminal:
+        wait_until(lambda: "end with Ctrl-C" in terminal.text(), 120)
+        terminal.press(CTRL_C)
+        if n_keys == 2:
+            wait_until(lambda: "finishing what was accepted" in terminal.text())
+            stop(terminal, signal.SIGINT)
+        else:
+            assert terminal.wait(60) == 0
+            assert "Traceback" not in terminal.text()
+            assert SENTENCE not in terminal.text()
