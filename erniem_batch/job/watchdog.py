@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from typing import IO
 
 from erniem_batch.job import guard
 
@@ -107,32 +108,47 @@ class Watchdog:
 
 
 class _Guard:
-    """The process that watches from outside, and the memory by which it is told."""
+    """The process that watches from outside, and the memory by which it is told.
+
+    Where there is no room for another process, work goes on without.
+    """
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
         self._n_starts = 0
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the guard
+        self._file = _memory_file()
         self._file.truncate(guard.SIZE)
         self._memory = mmap.mmap(self._file.fileno(), guard.SIZE)
         self._process = self._start()
 
-    def _start(self) -> "subprocess.Popen[bytes]":
+    def _start(self) -> "subprocess.Popen[bytes] | None":
         self._n_starts += 1
         command = [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), str(self._timeout)]
-        return subprocess.Popen(command, stdin=self._file, stdout=subprocess.DEVNULL, cwd="/")
+        try:
+            return subprocess.Popen(command, stdin=self._file, stdout=subprocess.DEVNULL, cwd="/")
+        except OSError as error:
+            logger.warning("nothing watches this process from outside: %s", error.strerror)
+            return None
 
     def tell(self, at_work: set[str]) -> None:
         """Say that work gets on, and at what."""
-        if self._process.poll() is not None and self._n_starts < MAX_STARTS:  # somebody ended it
-            self._process = self._start()
+        if self._process is not None and self._process.poll() is not None:  # somebody ended it
+            self._process = self._start() if self._n_starts < MAX_STARTS else None
         names = ",".join(sorted(at_work)).encode()[: guard.SIZE - guard.LAYOUT.size]
         head = guard.LAYOUT.pack(len(at_work), time.monotonic(), len(names))
         self._memory[: len(head) + len(names)] = head + names
 
     def close(self) -> None:
         """End the process."""
-        self._process.kill()
-        self._process.wait()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
         self._memory.close()
         self._file.close()
+
+
+def _memory_file() -> IO[bytes]:
+    """A file that needs no disk, where the system has such."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("watchdog"), "r+b", buffering=0)
+    return tempfile.TemporaryFile(buffering=0)

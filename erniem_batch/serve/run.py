@@ -50,15 +50,32 @@ def serve(flags: ServeFlags, until: Callable[[], object] | None = None) -> None:
             require_free("direct-port", flags.host, flags.direct_port)
     elif flags.direct_port is not None:
         raise ConfigError("--direct-port is for a Ray of its own, not for one that runs already")
-    os.environ.update(_settings_of_ray(flags.direct_port, os.environ))
-    os.environ.update(config.body_limits.as_environment())
-    if flags.access_log:
-        os.environ.update(ACCESS_LOG)
+    _set_environment(config, flags)
     cpus = sum(model.num_cpus for model in config.all_models)
     is_local = connect_to(
         flags.address, max(cores, math.ceil(cpus)) + SPARE_CPUS, flags.metrics_port
     )
-    import ray
+    console = Console(stderr=True)
+    with console.status("loading the model …"):
+        _start(config, flags)
+    with _told_to_end() if until is None else nullcontext(until) as wait:
+        _tell(console, config, flags, is_local)
+        try:
+            wait()
+        finally:
+            _end(console, is_local)
+
+
+def _set_environment(config: AppConfig, flags: ServeFlags) -> None:
+    """What Ray Serve and our parts of its proxies read when they start."""
+    os.environ.update(_settings_of_ray(flags.direct_port, os.environ))
+    os.environ.update(config.body_limits.as_environment())
+    if flags.access_log:
+        os.environ.update(ACCESS_LOG)
+
+
+def _start(config: AppConfig, flags: ServeFlags) -> None:
+    """Start Serve and the application; return when the models are loaded."""
     from ray import serve as ray_serve
     from ray.serve.config import HTTPOptions
     from ray.serve.schema import LoggingConfig
@@ -68,19 +85,23 @@ def serve(flags: ServeFlags, until: Callable[[], object] | None = None) -> None:
     log = LoggingConfig(log_level="WARNING", enable_access_log=flags.access_log)
     # Replicas alone tell of requests, and do so on the level of information.
     log_of_replicas = log.model_copy(update={"log_level": "INFO"}) if flags.access_log else log
-    console = Console(stderr=True)
-    with console.status("loading the model …"):
-        ray_serve.start(
-            http_options=HTTPOptions(
-                host=flags.host,
-                port=flags.port,
-                request_timeout_s=config.request_timeout_s + GRACE_S,
-                ssl_certfile=flags.tls_cert,
-                ssl_keyfile=flags.tls_key,
-            ),
-            logging_config=log,
-        )
-        ray_serve.run(app(config), name=NAME, route_prefix="/", logging_config=log_of_replicas)
+    ray_serve.start(
+        http_options=HTTPOptions(
+            host=flags.host,
+            port=flags.port,
+            request_timeout_s=config.request_timeout_s + GRACE_S,
+            ssl_certfile=flags.tls_cert,
+            ssl_keyfile=flags.tls_key,
+        ),
+        logging_config=log,
+    )
+    ray_serve.run(app(config), name=NAME, route_prefix="/", logging_config=log_of_replicas)
+
+
+def _tell(console: Console, config: AppConfig, flags: ServeFlags, is_local: bool) -> None:
+    """Say what is served, and where."""
+    import ray
+
     scheme = "https" if flags.tls_cert else "http"
     console.print(f"serving {', '.join(m.name for m in config.all_models)}", highlight=False)
     console.print(f"  page     {scheme}://{flags.host}:{flags.port}/")
@@ -91,19 +112,22 @@ def serve(flags: ServeFlags, until: Callable[[], object] | None = None) -> None:
         node = next(node for node in ray.nodes() if node["Alive"])
         console.print(f"  metrics  http://127.0.0.1:{node['MetricsExportPort']}/metrics")
     console.print("end with Ctrl-C")
-    with _told_to_end() if until is None else nullcontext(until) as wait:
-        try:
-            wait()
-        finally:
-            console.print("finishing what was accepted …")
-            try:
-                ray_serve.delete(NAME)
-            except TimeoutError:  # Serve waits a minute; a request may have taken longer
-                console.print("gave up waiting for the last requests")
-            finally:
-                if is_local:
-                    ray_serve.shutdown()
-                    ray.shutdown()
+
+
+def _end(console: Console, is_local: bool) -> None:
+    """Finish what was accepted; end a Ray that is our own."""
+    import ray
+    from ray import serve as ray_serve
+
+    console.print("finishing what was accepted …")
+    try:
+        ray_serve.delete(NAME)
+    except TimeoutError:  # Serve waits a minute; a request may have taken longer
+        console.print("gave up waiting for the last requests")
+    finally:
+        if is_local:
+            ray_serve.shutdown()
+            ray.shutdown()
 
 
 @contextmanager

@@ -197,19 +197,28 @@ def test_a_guard_that_is_gone_is_started_again():
         assert process.wait(20) == -signal.SIGKILL
 
 
+def test_work_goes_on_where_no_process_can_be_started(monkeypatch, caplog):
+    def refuse(*_, **__):
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    with Watchdog(60, lambda: 0).watching("u1"):
+        pass
+    assert "nothing watches this process from outside: Resource temporarily" in caplog.text
+
+
 def test_without_work_nobody_watches(monkeypatch):
     monkeypatch.setattr(watchdog, "IDLE_S", 0.3)
-    before = threading.active_count()
     dog = Watchdog(0.4, lambda: 0)
     for _ in range(2):
+        before = set(threading.enumerate())
         with dog.watching("u1"):
-            (guard,) = [
-                p for p in listening.family(os.getpid()) if "guard.py" in listening.command_of(p)
-            ]
-            assert threading.active_count() == before + 1
+            children = listening.family(os.getpid())
+            (guard,) = [pid for pid in children if "guard.py" in listening.command_of(pid)]
+            (thread,) = set(threading.enumerate()) - before
         wait_until_gone(guard)
-        time.sleep(0.2)
-        assert threading.active_count() == before
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 def test_without_a_timeout_nobody_watches():
