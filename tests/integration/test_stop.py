@@ -98,7 +98,7 @@ def test_a_watch_ends(tmp_path: Path) -> None:
     command = [*COMMAND, "status", "out", "--watch", "60"]
     with in_terminal(command, environment(), tmp_path) as terminal:
         wait_until(lambda: terminal.hears(signal.SIGTERM))
-        time.sleep(3)
+        time.sleep(1.5)
         stop(terminal, signal.SIGINT)
 
 

@@ -333,11 +333,11 @@ def test_limits_travel_by_the_environment() -> None:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
-    """uvicorn behind the middleware of the proxy, with a second for heads and bodies. At most four
-    requests at a time are in the application; a fifth is an error."""
+    """uvicorn behind the middleware of the proxy, with half a second for heads and bodies. At most
+    four requests at a time are in the application; a fifth is an error."""
     monkeypatch.setattr(auto, "AutoHTTPProtocol", auto.AutoHTTPProtocol)
     monkeypatch.setattr(BoundedConnection, "head_timeout_s", BoundedConnection.head_timeout_s)
-    monkeypatch.setenv("ERNIEM_BATCH_BODY_TIMEOUT_S", "1")
+    monkeypatch.setenv("ERNIEM_BATCH_BODY_TIMEOUT_S", "0.5")
     (middleware,) = middlewares_of_the_proxy()
     n_here = 0
 
@@ -414,7 +414,7 @@ def test_connections_that_are_in_order_stay(server: tuple[str, int]) -> None:
     with httpx.Client(base_url=f"http://{server[0]}:{server[1]}") as client:
         for _ in range(3):
             assert client.post("/", content=b"x" * 100_000).text == "100000"
-            time.sleep(0.6)
+            time.sleep(0.3)
 
 
 def test_serve_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ HEAD = """
 import hashlib, os, signal, sys, threading, time
 from erniem_batch import stopping
 def ready(): os.kill(os.getpid(), int(sys.argv[1]))
+stopping.GRACE_S = 0.4
 """
 INSTALLED = HEAD + "stopping.install()\n"
 
