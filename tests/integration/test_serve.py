@@ -273,7 +273,7 @@ def serving(log: Path, command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
     with log.open("w") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
     try:
-        wait_for(lambda: "end with Ctrl-C" in log.read_text() or process.poll() is not None, 100)
+        wait_for(lambda: "end with Ctrl-C" in log.read_text() or process.poll() is not None, 200)
         assert process.poll() is None, log.read_text()
         yield process
     finally:
