@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import pyarrow as pa
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
-from erniem_batch import __version__, storage
+from erniem_batch import __version__, stopping, storage
 from erniem_batch.columns import (
     COLUMNS,
     ChooseColumns,
@@ -55,7 +55,6 @@ from erniem_batch.train.config import FinetuneConfig
 
 EXIT_USAGE = 2
 EXIT_INCOMPLETE = 3
-EXIT_SIGTERM = 143
 app = App(
     name="erniem-batch",
     help="Multilingual tagging with ErnieM, at any scale.",
@@ -68,8 +67,8 @@ app = App(
 EXIT_CODES = """
 
     Exit codes: 0 complete, 2 wrong usage or settings, 3 incomplete (run it again), 4 complete but
-    more dead letters than --max-dead-letters, 5 complete but drifted (--fail-on-drift), 143 stopped
-    by SIGTERM (run it again).
+    more dead letters than --max-dead-letters, 5 complete but drifted (--fail-on-drift), 130 stopped
+    by Ctrl-C, 143 by SIGTERM (run it again).
     """
 
 # A dataclass whose fields are flags of their own.
@@ -555,12 +554,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Arrow's own pool keeps what was freed: a quarter more memory for a plan of a million units.
     pa.set_memory_pool(pa.system_memory_pool())
     try:
+        with stopping.orderly():
+            return _main(arguments)
+    except Stopped as stopped:
+        stopping.say()
+        return stopped.exit_code
+    except BaseException:
+        if not stopping.is_asked():
+            raise
+        stopping.say()  # what a library made of the signal is of no interest
+        return stopping.exit_code()
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    try:
         result = app(arguments, exit_on_error=False, print_error=True)
     except CycloptsError:
         return EXIT_USAGE
-    except Stopped:
-        Console(stderr=True).print("stopped; run the same command again to go on")
-        return EXIT_SIGTERM
     except (ConfigError, CheckpointError) as error:
         _say(error)
         return EXIT_USAGE
@@ -571,18 +581,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def program() -> int:
-    """`main` for `erniem-batch`."""
-    return _leave(main())
+    """`main` for `erniem-batch`; `entry.program` hears signals earlier."""
+    stopping.install()
+    return leave(main())
 
 
-def script(command: Callable[..., Any]) -> int:
-    """`main` for a script that is one of the commands."""
-    return _leave(main([command.__name__, *sys.argv[1:]]))
-
-
-def _leave(code: int) -> int:
-    """After SIGTERM at once: Ray and torch need seconds to be taken down in good order."""
-    if code == EXIT_SIGTERM:
+def leave(code: int) -> int:
+    """After a signal at once: Ray and torch need seconds to be taken down in good order."""
+    if code in stopping.EXIT_CODES:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -5,7 +5,7 @@ python pipelines/choose.py --input copa/ --output chosen/ --model MODEL --questi
 ray job submit -- python pipelines/choose.py --input … --output … --model …
 """
 
-from erniem_batch.cli import choose, script
+from erniem_batch.entry import script
 
 if __name__ == "__main__":
-    raise SystemExit(script(choose))
+    raise SystemExit(script("choose"))

@@ -6,7 +6,7 @@ python pipelines/classify.py … --candidate-labels 'sports, politics'      # ze
 ray job submit -- python pipelines/classify.py --input … --output …
 """
 
-from erniem_batch.cli import classify, script
+from erniem_batch.entry import script
 
 if __name__ == "__main__":
-    raise SystemExit(script(classify))
+    raise SystemExit(script("classify"))

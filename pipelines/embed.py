@@ -5,7 +5,7 @@ python pipelines/embed.py --input corpus/ --output vectors/ --model MODEL --pref
 ray job submit -- python pipelines/embed.py --input … --output …
 """
 
-from erniem_batch.cli import embed, script
+from erniem_batch.entry import script
 
 if __name__ == "__main__":
-    raise SystemExit(script(embed))
+    raise SystemExit(script("embed"))

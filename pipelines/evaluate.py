@@ -4,8 +4,7 @@ python pipelines/evaluate.py --predictions tagged/ --report report/             
 python pipelines/evaluate.py --task ner --model MODEL --gold 'dev/*.jsonl' --tune min_score.json
 """
 
-from erniem_batch.cli import script
-from erniem_batch.evaluate.cli import evaluate
+from erniem_batch.entry import script
 
 if __name__ == "__main__":
-    raise SystemExit(script(evaluate))
+    raise SystemExit(script("evaluate"))

@@ -5,7 +5,7 @@ python pipelines/extract.py --input corpus/ --output found/ --model MODEL --sche
 ray job submit -- python pipelines/extract.py --input … --output …
 """
 
-from erniem_batch.cli import extract, script
+from erniem_batch.entry import script
 
 if __name__ == "__main__":
-    raise SystemExit(script(extract))
+    raise SystemExit(script("extract"))

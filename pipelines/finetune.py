@@ -3,7 +3,7 @@
 The same as `erniem-batch finetune`.
 """
 
-from erniem_batch.cli import finetune, script
+from erniem_batch.entry import script
 
 if __name__ == "__main__":
-    raise SystemExit(script(finetune))
+    raise SystemExit(script("finetune"))

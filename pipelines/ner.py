@@ -5,7 +5,7 @@ python pipelines/ner.py --input corpus/ --output tagged/ --model MODEL    # your
 ray job submit -- python pipelines/ner.py --input … --output …
 """
 
-from erniem_batch.cli import ner, script
+from erniem_batch.entry import script
 
 if __name__ == "__main__":
-    raise SystemExit(script(ner))
+    raise SystemExit(script("ner"))

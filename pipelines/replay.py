@@ -3,7 +3,7 @@
 python pipelines/replay.py OUTPUT
 """
 
-from erniem_batch.cli import replay, script
+from erniem_batch.entry import script
 
 if __name__ == "__main__":
-    raise SystemExit(script(replay))
+    raise SystemExit(script("replay"))

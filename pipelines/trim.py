@@ -21,6 +21,7 @@ from sentencepiece import sentencepiece_model_pb2
 from torch import nn
 
 from erniem_batch import ErnieMModel, ErnieMTokenizer
+from erniem_batch.entry import tool
 from erniem_batch.job.lines import bounded_lines
 
 N_SPECIAL = 4  # [CLS] [PAD] [SEP] [UNK] open the vocabulary, [MASK] closes it
@@ -112,4 +113,4 @@ def trim_model(model: ErnieMModel, kept: np.ndarray, n_layers: int) -> ErnieMMod
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(tool(main))

@@ -1,5 +1,6 @@
 """Taggers whose model fails in ways that real ones do."""
 
+import ctypes
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from erniem_batch.records import FloatArray, Outcome, Record, Window
 POISON = "œ"  # a text with this word makes every forward pass fail that it is part of
 KILLER = "☠ kills"  # ends the process
 HANGER = "⌛ hangs"  # is never done
+LOCKER = "🔒 locks"  # is never done either, and holds Python's lock
 HUNGRY_TOKENS = 400  # more in one pass, and there is no memory left
 
 
@@ -32,6 +34,8 @@ class FaultyPredictor(Predictor):
                 os._exit(1)
             while record.text == HANGER:
                 time.sleep(1)
+            if record.text == LOCKER:
+                ctypes.PyDLL(None).sleep(3600)
         return super().predict(records)
 
     def _run(self, windows: Sequence[Window]) -> Iterator[FloatArray]:

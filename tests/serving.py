@@ -18,10 +18,10 @@ ENDS_IN_S = 30
 
 
 @contextmanager
-def served(app: Any) -> Iterator[str]:
+def served(app: Any, lifespan: Any = "on") -> Iterator[str]:
     """Its address, while it runs in a thread with an event loop of its own."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on", ws="none"))
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan=lifespan, ws="none"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         try:

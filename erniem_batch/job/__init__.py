@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from erniem_batch.job.config import JobConfig
     from erniem_batch.job.manifest import result_files
     from erniem_batch.job.report import RunReport
-    from erniem_batch.job.run import Stopped, replay_job, run_job
+    from erniem_batch.job.run import replay_job, run_job
+    from erniem_batch.stopping import Stopped
 
 # Where each name comes from, once it is asked for: `counter` and others do without torch.
 _MODULES = {

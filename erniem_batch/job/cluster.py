@@ -5,10 +5,11 @@ import os
 import secrets
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+from erniem_batch import stopping
 from erniem_batch.config import PredictorConfig, shares_weights
 from erniem_batch.errors import ConfigError, JobError
 from erniem_batch.job.config import JobConfig
@@ -102,8 +103,9 @@ def connect_to(address: str | None, local_cpus: int, metrics_port: int | None = 
     else:
         options["address"] = address
     try:
-        with _quiet_core():
+        with _quiet_core(), _on_loopback() if local else nullcontext():
             ray.init(**options)
+        stopping.listen()  # Ray has put a handler of its own in place
     except Exception as error:  # Ray raises plain ones
         if not local:
             raise ConfigError(
@@ -155,6 +157,22 @@ def _quiet_core() -> Iterator[None]:
         yield
     finally:
         worker.connect = connect
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray that is started in the block on 127.0.0.1 listens there alone.
+
+    Ray takes this address for one by which others reach the machine, and then listens on all.
+    """
+    from ray._private import services
+
+    resolve = getattr(services, "resolve_ip_for_localhost", None)
+    services.resolve_ip_for_localhost = str
+    try:
+        yield
+    finally:
+        services.resolve_ip_for_localhost = resolve
 
 
 def local_pool(config: JobConfig, cores: int) -> Pool:

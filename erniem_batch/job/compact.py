@@ -36,6 +36,7 @@ from erniem_batch.job.manifest import (
     read_manifest,
 )
 from erniem_batch.job.rundir import LOOKING_THREADS, RunFolder
+from erniem_batch.stopping import Stopped
 from erniem_batch.storage import FileInfo
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ def compact(
     _earlier_files(to, target)
     with (
         Lease(source).acquire().held(as_it_was=True),
-        Lease(target).acquire().held() as lease,
+        Lease(target).acquire().held((Stopped, KeyboardInterrupt)) as lease,
     ):
         files = _complete(output, source)
         before = _earlier_files(to, target)

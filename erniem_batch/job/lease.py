@@ -94,6 +94,8 @@ class Lease:
         self._beating = threading.Lock()
         self._lost = threading.Event()
         self._stop = threading.Event()
+        self._releasing = threading.Lock()
+        self._released = False
         self._thread = threading.Thread(target=self._renew, daemon=True)
 
     def acquire(self) -> Self:
@@ -213,7 +215,13 @@ class Lease:
             self.release((as_it_was and self.last_ended) or how)
 
     def release(self, how: str) -> None:
-        """Gives the lease back."""
+        """Gives the lease back; once, whichever thread comes first."""
+        with self._releasing:
+            if not self._released:
+                self._released = True
+                self._release(how)
+
+    def _release(self, how: str) -> None:
         self._stop.set()
         self._thread.join(timeout=1.0)
         if not self._lost.is_set():

@@ -5,18 +5,17 @@ of the plan are not done?".
 """
 
 import logging
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from erniem_batch import storage
+from erniem_batch import stopping, storage
 from erniem_batch.errors import ConfigError, StorageError, fault_of
 from erniem_batch.job import attempts
 from erniem_batch.job.actor import Assignment, Receipt
@@ -53,6 +52,7 @@ from erniem_batch.job.units import (
 from erniem_batch.model.fetch import local_folder, model_digest, name_elsewhere
 from erniem_batch.options import Options, demo_data, options_of
 from erniem_batch.predictor import Predictor
+from erniem_batch.stopping import Stopped
 
 logger = logging.getLogger(__name__)
 
@@ -62,13 +62,6 @@ NO_PAGE = (
     '<!doctype html><meta charset="utf-8"><title>report</title>'
     '<p>This page could not be made: see <a href="report.json">report.json</a>, and the log.</p>'
 )
-
-
-class Stopped(BaseException):
-    """SIGTERM came: what is finished is kept, the rest is for the next run.
-
-    A Ray that was started for the run is still on, and ends with the process.
-    """
 
 
 @dataclass(frozen=True)
@@ -98,7 +91,7 @@ def run_job(config: JobConfig, on_receipt: OnReceipt | None = None) -> RunReport
         CheckpointError: the model cannot be used.
         JobError: the actors died again and again, or another run took over.
         StorageError: storage failed, after all retries.
-        Stopped: SIGTERM came.
+        Stopped: SIGTERM came; in a program that calls `stopping.install`, Ctrl-C too.
     """
     return _run(config, on_receipt, replay=False)
 
@@ -139,7 +132,7 @@ def _options_of(info: RunInfo, output: str) -> Options:
 
 
 def _run(config: JobConfig, on_receipt: OnReceipt | None, replay: bool) -> RunReport:
-    with _stopped_by_sigterm():
+    with stopping.orderly():
         with _preflight():
             config = replace(config, options=config.options.resolved())
             output = storage.for_output(config.output or default_output(config.task))
@@ -147,7 +140,8 @@ def _run(config: JobConfig, on_receipt: OnReceipt | None, replay: bool) -> RunRe
             model = local_folder(config.model, config.task)
             digest = model_digest(model)
             lease = Lease(output).acquire()
-        with lease.held((Stopped,)):
+        released = partial(lease.release, STOPPED)
+        with stopping.last_words(released), lease.held((Stopped, KeyboardInterrupt)):
             return _go_on(config, on_receipt, lease, found, model, digest)
 
 
@@ -256,29 +250,6 @@ def _preflight() -> Iterator[None]:
         raise ConfigError(str(error)) from error
 
 
-@contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    _listen()
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _listen() -> None:
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _stop)
-
-
-def _stop(*_: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
-    raise Stopped
-
-
 # ---- the work ---------------------------------------------------------------------------------
 
 
@@ -295,7 +266,6 @@ def tag_units(
     leave = not is_connected()
     logger.info("connecting to Ray")
     own_cluster = connect(config)
-    _listen()  # Ray has put a handler of its own in place
     import ray
 
     ledger = LedgerWriter(folder, info.generation)

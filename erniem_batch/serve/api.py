@@ -32,6 +32,7 @@ from erniem_batch.serve.body import Refuse as Refuse
 from erniem_batch.serve.config import AppConfig
 from erniem_batch.serve.engine import Ask, Refusal, Served
 from erniem_batch.serve.fields import known_place, unknown_field
+from erniem_batch.serve.hosts import is_known_host
 from erniem_batch.serve.limits import MAX_REQUEST_ID
 from erniem_batch.serve.messages import (
     EXAMPLES,
@@ -45,6 +46,7 @@ from erniem_batch.serve.messages import (
     given_options,
     items_of,
 )
+from erniem_batch.serve.receive import too_slow
 from erniem_batch.serve.tokens import allowed_hashes, is_allowed
 
 logger = logging.getLogger(__name__)
@@ -61,6 +63,14 @@ PAGE_HEADERS = {
 TIMEOUT_HEADER = "x-request-timeout-seconds"
 # Of the time that a caller, or the proxy for it, gives: so much is ours, the rest is for the way.
 OUR_SHARE = 0.9
+# Load balancers ask these by whatever name; they tell no secret.
+HEALTH_PATHS = ("/healthz", "/readyz")
+UNKNOWN_HOST = Refusal(
+    421,
+    "unknown_host",
+    "the header Host names another machine: call this one by localhost or by the address on which "
+    "it listens, or have the name allowed (--allowed-host, allowed_hosts in the settings)",
+)
 # pydantic speaks of Python where JSON is meant.
 WORDS = {
     "model_type": "Input should be an object",
@@ -78,7 +88,9 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": Refused, "description": "The body is not JSON."},
     401: {"model": Refused, "description": "No bearer token, or an unknown one."},
     404: {"model": Refused, "description": "No such model, or none for this task."},
+    408: {"model": Refused, "description": "The body did not arrive in time."},
     413: {"model": Refused, "description": "The body, or the work it makes, is too large."},
+    421: {"model": Refused, "description": "There are no tokens, and Host is no name of ours."},
     422: {"model": Refused, "description": "A field is wrong, or the only item unusable."},
     429: {"model": Refused, "description": "Too much waits; see Retry-After."},
     500: {"model": Refused, "description": "A fault of the service."},
@@ -153,7 +165,14 @@ def make_api(
             allow_headers=["Authorization", "Content-Type"],
             expose_headers=["Retry-After", "Server-Timing", "X-Request-ID"],
         )
-    api.add_middleware(_Gate, max_body_bytes=config.max_body_bytes, watch=watch)
+    if config.allowed_hosts or not service.hashes:
+        api.add_middleware(_HostCheck, allowed=config.allowed_hosts)
+    api.add_middleware(
+        _Gate,
+        max_body_bytes=config.max_body_bytes,
+        body_timeout_s=config.body_timeout_s,
+        watch=watch,
+    )
     return api
 
 
@@ -421,6 +440,8 @@ async def _on_error(request: Request, error: Exception) -> Response:
         headers["Retry-After"] = str(max(1, math.ceil(refusal.retry_after)))
     if refusal.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    if refusal.status == 408:
+        headers["Connection"] = "close"  # the rest of the body may still come
     if refusal.status >= 500:
         logger.warning("refused status=%d code=%s id=%s", refusal.status, refusal.code,
                        body["request_id"])  # fmt: skip
@@ -474,13 +495,31 @@ def _request_id(request: Request) -> str | None:
 # ---- before all else ----------------------------------------------------------------------------
 
 
-class _Gate:
-    """Refuses bodies that are too large while they come in; answers faults that nobody foresaw,
-    whose tracebacks could hold text of a document; tells how each request ended."""
+class _HostCheck:
+    """Refuses requests that call this machine by a name that is not its own."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, watch: Watcher) -> None:
+    def __init__(self, app: ASGIApp, allowed: Sequence[str]) -> None:
+        self._app = app
+        self._allowed = allowed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_checked = scope["type"] == "http" and scope["path"] not in HEALTH_PATHS
+        if is_checked and not is_known_host(scope, self._allowed):
+            await _send_error(Refuse(UNKNOWN_HOST), scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+
+class _Gate:
+    """Refuses bodies that are too large or too slow while they come in; answers faults that nobody
+    foresaw, whose tracebacks could hold text of a document; tells how each request ended."""
+
+    def __init__(
+        self, app: ASGIApp, max_body_bytes: int, body_timeout_s: float, watch: Watcher
+    ) -> None:
         self._app = app
         self._max = max_body_bytes
+        self._timeout = body_timeout_s
         self._watch = watch
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -489,20 +528,12 @@ class _Gate:
             return
         started = time.perf_counter()
         status = UNANSWERED
-        n_bytes = 0
+        body = _IncomingBody(receive, self._max, self._timeout)
         declared = dict(scope["headers"]).get(b"content-length", b"0")
-
-        async def counted() -> Message:
-            nonlocal n_bytes
-            message = await receive()
-            n_bytes += len(message.get("body", b""))
-            if n_bytes > self._max:
-                raise Refuse(self._too_large())
-            return message
 
         async def noted(message: Message) -> None:
             nonlocal status
-            if n_bytes > self._max:
+            if body.refusal is not None:
                 return  # FastAPI takes it for a body that cannot be parsed
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -511,12 +542,12 @@ class _Gate:
         try:
             # Python reads no number of thousands of digits.
             if declared.isdigit() and (len(declared) > 18 or int(declared) > self._max):
-                n_bytes = self._max + 1
+                body.refuse_size()
             else:
-                await self._app(scope, counted, noted)
-            if n_bytes > self._max:
-                status = 413
-                await _send_error(Refuse(self._too_large()), scope, receive, send)
+                await self._app(scope, body.receive, noted)
+            if body.refusal is not None:
+                status = body.refusal.status
+                await _send_error(Refuse(body.refusal), scope, receive, send)
         except Exception as error:
             if status != UNANSWERED:
                 raise
@@ -525,6 +556,43 @@ class _Gate:
         finally:
             self._watch(_route_of(scope), status, time.perf_counter() - started)
 
-    def _too_large(self) -> Refusal:
+
+class _IncomingBody:
+    """A body on its way in, with a limit for its size and a deadline for its end.
+
+    Attributes:
+        refusal: why the request is refused; None as long as it is not.
+    """
+
+    def __init__(self, receive: Receive, max_bytes: int, timeout_s: float) -> None:
+        self.refusal: Refusal | None = None
+        self._receive = receive
+        self._max = max_bytes
+        self._timeout = timeout_s
+        self._deadline = asyncio.get_running_loop().time() + timeout_s
+        self._n_bytes = 0
+        self._is_complete = False
+
+    async def receive(self) -> Message:
+        """The next message.
+
+        Raises:
+            Refuse: too much has come, or the body takes too long.
+        """
+        try:
+            async with asyncio.timeout_at(None if self._is_complete else self._deadline):
+                message = await self._receive()
+        except TimeoutError:
+            self.refusal = Refusal(408, "body_timeout", too_slow(self._timeout))
+            raise Refuse(self.refusal) from None
+        self._n_bytes += len(message.get("body", b""))
+        self._is_complete = not message.get("more_body")
+        if self._n_bytes > self._max:
+            raise Refuse(self.refuse_size())
+        return message
+
+    def refuse_size(self) -> Refusal:
+        """Note that the body is too large."""
         message = f"the body is larger than {self._max} bytes: send less at a time"
-        return Refusal(413, "body_too_large", message)
+        self.refusal = Refusal(413, "body_too_large", message)
+        return self.refusal

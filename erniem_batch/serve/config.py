@@ -15,11 +15,14 @@ from pydantic import (
 from erniem_batch.config import DEMO, PredictorConfig, shares_weights
 from erniem_batch.errors import ConfigError
 from erniem_batch.options import TASKS, options_of
+from erniem_batch.serve.body_limits import BodyLimits
 
 TaskName = Literal["ner", "classify", "choose", "qa", "embed", "extract"]
 Positive = Annotated[int, Field(ge=1)]
 MAX_ONGOING_REQUESTS = 1024
 QUEUE_TOKENS = 65_536
+# A name, all names below one, an address, or any.
+HOST = r"^(\*|(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*|[0-9a-fA-F:.]+)$"
 
 
 class Strict(BaseModel):
@@ -136,16 +139,24 @@ class AppConfig(Strict):
         models: several.
         request_timeout_s: after so long a request is answered by 504.
         max_body_bytes: larger requests are answered by 413.
+        body_timeout_s: a request whose whole body does not arrive within so long is answered by
+            408.
+        max_total_body_bytes: memory of a proxy for the bodies of all its requests; beyond it, a
+            request is answered by 503.
         max_items: of one request.
         max_values: JSON values of one request (numbers, texts, lists, objects …), counted before
             they are parsed. Above these limits and the next two, the answer is 413 as well.
         max_text_characters: of one text, after normalisation (NFKC), which makes some characters
             up to 18 times as long.
         max_characters: of all texts of a request, options and names included, counted likewise.
-        tokens: SHA-256, in hex, of each bearer token that is let in; none: everybody is. More come
-            from the environment variable ERNIEM_BATCH_TOKENS and from `tokens_file`.
+        tokens: SHA-256, in hex, of each bearer token that is let in. More come from the environment
+            variable ERNIEM_BATCH_TOKENS and from `tokens_file`. Where none of the three is given,
+            everybody is let in; one that is given but empty is an error.
         tokens_file: such hashes, one a line; what stands behind a hash, or
             behind a #, is a comment.
+        allowed_hosts: names besides those of this machine by which clients without a token may call
+            the service: `tags.example.org`, `*.example.org`, or `*` for any. Without tokens, other
+            names are refused by 421; with tokens, only where this is given.
         cors_origins: web pages of other origins that may call.
         page: whether there is a page to try things at `/`.
     """
@@ -157,16 +168,19 @@ class AppConfig(Strict):
     models: tuple[ModelConfig, ...] = ()
     request_timeout_s: Annotated[float, Field(gt=0)] = 60
     max_body_bytes: Positive = 4 << 20
+    body_timeout_s: Annotated[float, Field(gt=0)] = BodyLimits.timeout_s
+    max_total_body_bytes: Positive = BodyLimits.total_bytes
     max_items: Positive = 1024
     max_values: Positive = 32_768
     max_text_characters: Positive = 262_144
     max_characters: Positive = 4 << 20
     tokens: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...] = ()
-    tokens_file: str | None = None
+    tokens_file: Annotated[str, Field(min_length=1)] | None = None
+    allowed_hosts: tuple[Annotated[str, Field(pattern=HOST)], ...] = ()
     cors_origins: tuple[str, ...] = ()
     page: bool = True
 
-    @field_validator("tasks", "tokens", "cors_origins", mode="before")
+    @field_validator("tasks", "tokens", "allowed_hosts", "cors_origins", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return _names(value)
@@ -179,7 +193,18 @@ class AppConfig(Strict):
         shorthand = {"model", "tasks", "num_cpus", "num_gpus"} & self.model_fields_set
         if self.models and shorthand:
             raise ValueError(f"{', '.join(sorted(shorthand))}: say it in models, where there are")
+        if "tokens" in self.model_fields_set and not self.tokens:
+            raise ValueError("tokens: is given but holds no hash; leave it out to let everybody in")
         return self
+
+    @property
+    def body_limits(self) -> BodyLimits:
+        """What a proxy has to know of these settings."""
+        return BodyLimits(
+            timeout_s=self.body_timeout_s,
+            max_bytes=self.max_body_bytes,
+            total_bytes=self.max_total_body_bytes,
+        )
 
     @property
     def all_models(self) -> tuple[ModelConfig, ...]:

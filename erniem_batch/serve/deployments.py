@@ -17,6 +17,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from erniem_batch.serve.addresses import listen_as_told
 from erniem_batch.serve.api import Refuse, make_api
 from erniem_batch.serve.config import MAX_ONGOING_REQUESTS, AppConfig, Autoscaling, ModelConfig
 from erniem_batch.serve.engine import Ask, Engine, Refusal, Served
@@ -71,6 +72,7 @@ class ModelServer:
 
     async def __init__(self, config: ModelConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         configure_replica_logging()
+        listen_as_told(0)
         self._engine = await asyncio.to_thread(MeteredEngine.load, config)
         await self._engine.start()
 
@@ -164,6 +166,7 @@ class HttpServer:
         self, config: AppConfig, models: Mapping[str, ModelConfig | DeploymentHandle]
     ) -> None:
         configure_replica_logging()
+        listen_as_told(_n_replicas(models))
         self._config = config
         self._own: list[Engine] = []
         self._backends: dict[str, Engine | RemoteEngine] = {}
@@ -186,6 +189,12 @@ class HttpServer:
         """Raises an EngineError if this process is to be replaced."""
         for engine in self._own:
             engine.check()
+
+
+def _n_replicas(models: Mapping[str, ModelConfig | DeploymentHandle]) -> int:
+    """How many replicas the deployment that speaks HTTP may have."""
+    own = [model.most_replicas for model in models.values() if isinstance(model, ModelConfig)]
+    return max(own, default=1)
 
 
 def app(args: AppConfig) -> serve.Application:

@@ -35,6 +35,8 @@ class ServeFlags:
         num_gpus: GPUs of a replica.
         tokens_file: File with the hashes of bearer tokens that are let in, as `erniem-batch token`
             makes them.
+        allowed_host: Name by which clients may call the service when there are no tokens, besides
+            localhost and the address it listens on; *.example.org for all names below. Repeatable.
         tls_cert: Certificate (PEM), for https.
         tls_key: Its key (PEM).
         metrics_port: Port of the Prometheus metrics on a local Ray. Default: any, shown at start.
@@ -51,6 +53,7 @@ class ServeFlags:
     num_cpus: int | None = None
     num_gpus: float = 0.0
     tokens_file: str | None = None
+    allowed_host: Annotated[tuple[str, ...], Parameter(negative=())] = ()
     tls_cert: str | None = None
     tls_key: str | None = None
     metrics_port: int | None = None
@@ -67,14 +70,25 @@ class ServeFlags:
 
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("--tls-cert and --tls-key go together")
-        values: dict[str, Any] = {"tokens_file": self.tokens_file} if self.tokens_file else {}
+        values: dict[str, Any] = {}
+        if self.tokens_file is not None:
+            values["tokens_file"] = self.tokens_file
         if self.config is not None:
             if self.model != DEMO or self.tasks or self.num_cpus or self.num_gpus:
                 raise ConfigError("--config says all of --model, --tasks, --num-cpus, --num-gpus")
-            return app_config(_read(self.config) | values)
+            return self._with_hosts(app_config(_read(self.config) | values))
         cpus = self.num_cpus or (1 if self.num_gpus else min(cores, 4))
         values |= {"model": self.model, "num_cpus": cpus, "num_gpus": self.num_gpus}
-        return app_config(values | ({"tasks": self.tasks} if self.tasks else {}))
+        return self._with_hosts(app_config(values | ({"tasks": self.tasks} if self.tasks else {})))
+
+    def _with_hosts(self, config: "AppConfig") -> "AppConfig":
+        """The same settings, with the hosts of the flags."""
+        from erniem_batch.serve.config import app_config
+
+        if not self.allowed_host:
+            return config
+        values = config.model_dump(exclude_unset=True)
+        return app_config(values | {"allowed_hosts": (*config.allowed_hosts, *self.allowed_host)})
 
 
 def _read(path: str) -> dict[str, Any]:

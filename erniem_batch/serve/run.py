@@ -5,19 +5,32 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
 
+from erniem_batch import stopping
 from erniem_batch.errors import ConfigError
 from erniem_batch.job.cluster import SPARE_CPUS, connect_to
+from erniem_batch.serve.config import AppConfig
 from erniem_batch.serve.flags import ServeFlags
-from erniem_batch.serve.tokens import allowed_hashes
+from erniem_batch.serve.hosts import is_address
+from erniem_batch.serve.tokens import allowed_hashes, hashes_of_environment
 from erniem_batch.terminal import safe_markup
 
 NAME = "erniem-batch"
 # For so many replicas.
 DIRECT_PORTS = 1000
+
+# For --access-log: lines come here at once, each of them. Ray would write them to files of its
+# own, after a while, and leave out those that look alike.
+ACCESS_LOG = {
+    "RAY_SERVE_LOG_TO_STDERR": "1",
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
+    "RAY_DEDUP_LOGS": "0",
+    "ERNIEM_BATCH_ACCESS_LOG": "1",
+}
 
 
 def serve(flags: ServeFlags, until: Callable[[], object] | None = None) -> None:
@@ -31,44 +44,65 @@ def serve(flags: ServeFlags, until: Callable[[], object] | None = None) -> None:
     """
     cores = os.cpu_count() or 1
     config = flags.app_config(cores)
-    allowed_hashes(config)  # said now, not by a replica later
+    config = _with_what_is_known_here(config, flags)
     if flags.address is None and "RAY_ADDRESS" not in os.environ:
         require_free("port", flags.host, flags.port)
         if flags.direct_port is not None:
             require_free("direct-port", flags.host, flags.direct_port)
     elif flags.direct_port is not None:
         raise ConfigError("--direct-port is for a Ray of its own, not for one that runs already")
-    os.environ.update(_settings_of_ray(flags.direct_port, os.environ))
+    _set_environment(config, flags)
     cpus = sum(model.num_cpus for model in config.all_models)
     is_local = connect_to(
         flags.address, max(cores, math.ceil(cpus)) + SPARE_CPUS, flags.metrics_port
     )
-    import ray
+    console = Console(stderr=True)
+    with console.status("loading the model …"):
+        _start(config, flags)
+    with _told_to_end() if until is None else nullcontext(until) as wait:
+        _tell(console, config, flags, is_local)
+        try:
+            wait()
+        finally:
+            _end(console, is_local)
+
+
+def _set_environment(config: AppConfig, flags: ServeFlags) -> None:
+    """What Ray Serve and our parts of its proxies read when they start."""
+    os.environ.update(_settings_of_ray(flags.direct_port, os.environ))
+    os.environ.update(config.body_limits.as_environment())
+    if flags.access_log:
+        os.environ.update(ACCESS_LOG)
+
+
+def _start(config: AppConfig, flags: ServeFlags) -> None:
+    """Start Serve and the application; return when the models are loaded."""
     from ray import serve as ray_serve
     from ray.serve.config import HTTPOptions
     from ray.serve.schema import LoggingConfig
 
     from erniem_batch.serve.deployments import GRACE_S, app
 
-    ended = threading.Event()
-    if until is None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: ended.set())
-        until = ended.wait
     log = LoggingConfig(log_level="WARNING", enable_access_log=flags.access_log)
-    console = Console(stderr=True)
-    with console.status("loading the model …"):
-        ray_serve.start(
-            http_options=HTTPOptions(
-                host=flags.host,
-                port=flags.port,
-                request_timeout_s=config.request_timeout_s + GRACE_S,
-                ssl_certfile=flags.tls_cert,
-                ssl_keyfile=flags.tls_key,
-            ),
-            logging_config=log,
-        )
-        ray_serve.run(app(config), name=NAME, route_prefix="/", logging_config=log)
+    # Replicas alone tell of requests, and do so on the level of information.
+    log_of_replicas = log.model_copy(update={"log_level": "INFO"}) if flags.access_log else log
+    ray_serve.start(
+        http_options=HTTPOptions(
+            host=flags.host,
+            port=flags.port,
+            request_timeout_s=config.request_timeout_s + GRACE_S,
+            ssl_certfile=flags.tls_cert,
+            ssl_keyfile=flags.tls_key,
+        ),
+        logging_config=log,
+    )
+    ray_serve.run(app(config), name=NAME, route_prefix="/", logging_config=log_of_replicas)
+
+
+def _tell(console: Console, config: AppConfig, flags: ServeFlags, is_local: bool) -> None:
+    """Say what is served, and where."""
+    import ray
+
     scheme = "https" if flags.tls_cert else "http"
     console.print(
         f"serving {safe_markup(', '.join(m.name for m in config.all_models))}", highlight=False
@@ -81,18 +115,51 @@ def serve(flags: ServeFlags, until: Callable[[], object] | None = None) -> None:
         node = next(node for node in ray.nodes() if node["Alive"])
         console.print(f"  metrics  http://127.0.0.1:{node['MetricsExportPort']}/metrics")
     console.print("end with Ctrl-C")
+
+
+def _end(console: Console, is_local: bool) -> None:
+    """Finish what was accepted; end a Ray that is our own."""
+    import ray
+    from ray import serve as ray_serve
+
+    console.print("finishing what was accepted …")
     try:
-        until()
+        ray_serve.delete(NAME)
+    except TimeoutError:  # Serve waits a minute; a request may have taken longer
+        console.print("gave up waiting for the last requests")
     finally:
-        console.print("finishing what was accepted …")
-        try:
-            ray_serve.delete(NAME)
-        except TimeoutError:  # Serve waits a minute; a request may have taken longer
-            console.print("gave up waiting for the last requests")
-        finally:
-            if is_local:
-                ray_serve.shutdown()
-                ray.shutdown()
+        if is_local:
+            ray_serve.shutdown()
+            ray.shutdown()
+
+
+@contextmanager
+def _told_to_end() -> Iterator[Callable[[], object]]:
+    """A function that waits for a first signal. A Ctrl-C after it ends the process at once."""
+    ended = threading.Event()
+
+    def on_signal(number: int) -> None:
+        if ended.is_set() and number == signal.SIGINT:
+            stopping.finish(number)
+        ended.set()
+
+    with stopping.elsewhere(on_signal):
+        yield ended.wait
+
+
+def _with_what_is_known_here(config: AppConfig, flags: ServeFlags) -> AppConfig:
+    """The same settings with what replicas, perhaps on other machines, cannot find out.
+
+    Raises:
+        ConfigError: the tokens are unusable; said now, not by a replica later.
+    """
+    hashes = allowed_hashes(config)
+    changes: dict[str, object] = {}
+    if here := hashes_of_environment():
+        changes["tokens"] = tuple(dict.fromkeys([*config.tokens, *here]))
+    if (config.allowed_hosts or not hashes) and not is_address(flags.host):
+        changes["allowed_hosts"] = (*config.allowed_hosts, flags.host)
+    return config.model_copy(update=changes)
 
 
 def _settings_of_ray(direct_port: int | None, environment: Mapping[str, str]) -> dict[str, str]:
@@ -126,6 +193,8 @@ def _settings_of_ray(direct_port: int | None, environment: Mapping[str, str]) ->
     if direct_port is None:
         return settings
     return settings | {
+        # The replica finds a free port itself, see serve/addresses.py: Ray's choice is but a try.
+        "ERNIEM_BATCH_DIRECT_PORT": str(direct_port),
         "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(direct_port),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(min(direct_port + DIRECT_PORTS, 65535)),

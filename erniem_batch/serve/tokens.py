@@ -31,20 +31,29 @@ def allowed_hashes(config: AppConfig) -> tuple[str, ...]:
     """Hashes of all tokens that are let in; none: everybody is.
 
     Raises:
-        ConfigError: something that is no hash; or a file of tokens that is absent or empty, which
-            must not open the door to all.
+        ConfigError: something that is no hash; or a variable or file of tokens that holds none,
+            which must not open the door to all.
     """
-    hashes = list(config.tokens)
-    hashes += _hashes(os.environ.get(VARIABLE, "").replace(",", "\n"), VARIABLE)
+    hashes = [*config.tokens, *hashes_of_environment()]
     if config.tokens_file is not None:
         data = storage.read(storage.normal(config.tokens_file))
         if data is None:
             raise ConfigError(f"tokens_file: there is no file {config.tokens_file}")
-        found = _hashes(data.decode("utf-8", "replace"), f"tokens_file {config.tokens_file}")
-        if not found:
-            raise ConfigError(f"tokens_file {config.tokens_file} holds no hash")
-        hashes += found
+        where = f"tokens_file {config.tokens_file}"
+        hashes += _hashes(data.decode("utf-8", "replace"), where)
     return tuple(hashes)
+
+
+def hashes_of_environment() -> list[str]:
+    """Hashes in ERNIEM_BATCH_TOKENS; none if it is not set.
+
+    Raises:
+        ConfigError: it is set, but holds no hash or something that is none.
+    """
+    text = os.environ.get(VARIABLE)
+    if text is None:
+        return []
+    return _hashes(text.replace(",", "\n"), f"environment variable {VARIABLE}")
 
 
 def _hashes(text: str, where: str) -> list[str]:
@@ -57,6 +66,11 @@ def _hashes(text: str, where: str) -> list[str]:
                 f"{where}: entry {number} is no SHA-256 in hex; `erniem-batch token` makes a token "
                 "and its hash"
             )
+    if not words:
+        raise ConfigError(
+            f"{where} holds no hash of a token: put one there (`erniem-batch token` makes it), or "
+            "remove the setting to let everybody in"
+        )
     return words
 
 

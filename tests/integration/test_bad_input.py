@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fakes import bad_utf8_strings, write_jsonl, write_parquet
-from faulty import HANGER, KILLER, POISON, FaultyTagger, count_passes, words
+from faulty import HANGER, KILLER, LOCKER, POISON, FaultyTagger, count_passes, words
 
 from erniem_batch import storage
 from erniem_batch.job import JobConfig, replay_job, result_files, run, run_job
@@ -218,14 +218,14 @@ def test_everything_bad_among_100_000_good_rows(tmp_path, ner_model_dir, monkeyp
 def test_a_row_that_kills_or_hangs_ends_alone(tmp_path, ner_model_dir):
     """Each is tried together twice and alone twice; all other rows of its unit come out."""
     rows = _rows("a", 40)
-    rows[7]["text"], rows[21]["text"], rows[22]["text"] = KILLER, HANGER, KILLER
+    rows[7]["text"], rows[21]["text"], rows[22]["text"] = KILLER, HANGER, LOCKER
     write_jsonl(tmp_path / "in" / "a.jsonl", rows)
     write_jsonl(tmp_path / "in" / "b.jsonl", _rows("b", 40))
     config = _config(tmp_path, ner_model_dir, unit_timeout=4.0, unit_bytes=3000)
     report = run_job(config)
     ids, letters = _results(tmp_path / "out")
     assert sorted(ids) == sorted(
-        row["id"] for row in [*rows, *_rows("b", 40)] if row["text"] not in (KILLER, HANGER)
+        row["id"] for row in [*rows, *_rows("b", 40)] if row["text"] not in (KILLER, HANGER, LOCKER)
     )
     assert [(x["source_row"], x["error"], x["attempts"]) for x in letters] == [
         (7, "ProcessDied", 9), (21, "ProcessDied", 9), (22, "ProcessDied", 9)

@@ -4,15 +4,18 @@ import asyncio
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
+import listening
 import pytest
 from fakes import save_tiny_ner_model, save_tiny_service
 from fault.runs import free_port
@@ -257,30 +260,44 @@ def test_what_is_served_stays_among_the_metrics(run, service_dir):
     assert sorted(told) == ["ner", "qa"]
 
 
-def test_the_command_serves_and_ends(service_dir, tmp_path):
-    """`erniem-batch serve` as people run it: its own Ray, and a calm end on SIGTERM."""
-    port, direct_port = free_port(), free_port()
+def serve_command(service_dir: Path, *flags: str) -> list[str]:
+    program = "from erniem_batch.cli import program; raise SystemExit(program())"
+    model = ("--model", str(service_dir), "--tasks", "ner,qa")
+    return [sys.executable, "-c", program, "serve", *model, *flags]
+
+
+@contextmanager
+def serving(log: Path, command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """`erniem-batch serve` as people run it, with a Ray of its own, from the moment it is ready."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    command = [
-        sys.executable,
-        "-c",
-        "from erniem_batch.cli import program; raise SystemExit(program())",
-        "serve",
-        *("--model", str(service_dir), "--tasks", "ner,qa", "--port", str(port)),
-        *("--direct-port", str(direct_port)),
-    ]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    with log.open("w") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
     try:
-        give_up = time.monotonic() + 100
-        while "end with Ctrl-C" not in (tmp_path / "log").read_text():
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < give_up
-            time.sleep(0.5)
+        wait_for(lambda: "end with Ctrl-C" in log.read_text() or process.poll() is not None, 200)
+        assert process.poll() is None, log.read_text()
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for(condition: Callable[[], Any], seconds: float) -> None:
+    give_up = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < give_up
+        time.sleep(0.5)
+
+
+def test_the_command_serves_and_ends(service_dir, tmp_path):
+    """One line for each request in the log, nothing open to others, a calm end on SIGTERM."""
+    port, direct_port = free_port(), free_port()
+    log = tmp_path / "log"
+    flags = ("--port", str(port), "--direct-port", str(direct_port), "--access-log")
+    with serving(log, serve_command(service_dir, *flags)) as process:
         answers = [ask(f"http://127.0.0.1:{n}") for n in (port, direct_port)]
         assert [answer.status_code for answer in answers] == [200, 200]
         assert answers[0].json() == answers[1].json()
-        (metrics,) = re.findall(r"http://\S+/metrics", (tmp_path / "log").read_text())
+        (metrics,) = re.findall(r"http://\S+/metrics", log.read_text())
         give_up = time.monotonic() + 60
         while absent := drawn_metrics() - set(
             re.findall(r"^(ray_erniem_serve_\w+)\{", httpx.get(metrics).text, flags=re.M)
@@ -288,10 +305,96 @@ def test_the_command_serves_and_ends(service_dir, tmp_path):
             assert time.monotonic() < give_up, absent
             ask(f"http://127.0.0.1:{port}")
             time.sleep(1)
+        only_this_machine_is_reached(process.pid)
+        each_request_is_logged(f"http://127.0.0.1:{port}", log)
+        each_request_is_logged(f"http://127.0.0.1:{direct_port}", log)
         started = time.monotonic()
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
         assert time.monotonic() - started < 45
-    finally:
-        process.kill()
-        process.wait()
+
+
+def only_this_machine_is_reached(pid: int) -> None:
+    """As the table in deploy/README.md says."""
+    found = listening.addresses(pid)
+    assert len(found) > 10, "Ray opens many"
+    others = {(host, port) for host, port in found if host.removeprefix("::ffff:") != "127.0.0.1"}
+    assert not others
+
+
+def each_request_is_logged(url: str, log: Path) -> None:
+    """Method, route, status and time; nothing that a client chose."""
+    before = len(log.read_text())
+    httpx.get(f"{url}/secret-path?secret-query=1", headers={"X-Request-ID": "secret id"})
+    question = {"question": "secret-text?", "context": "secret-text"}
+    httpx.post(f"{url}/v1/qa?secret-query=1", json={"inputs": question})
+    httpx.get(f"{url}/v1/models", headers={"Authorization": "Bearer secret-token"})
+    for what in ("GET / 404", "POST /v1/qa 200", "GET /v1/models 200"):
+        line = re.compile(rf"^.*{what} [\d.]+ms$", flags=re.M)
+        wait_for(lambda line=line: line.search(log.read_text()[before:]), 20)
+        assert len(line.findall(log.read_text()[before:])) == 1
+    assert "secret" not in log.read_text()
+
+
+@pytest.mark.slow
+def test_a_replica_that_is_replaced_listens_directly_again(service_dir, tmp_path):
+    port, direct_port = free_port(), free_port()
+    flags = ("--port", str(port), "--direct-port", str(direct_port))
+    with serving(tmp_path / "log", serve_command(service_dir, *flags)) as process:
+        url = f"http://127.0.0.1:{direct_port}"
+        for _ in range(2):
+            with httpx.Client() as client:  # an open connection, which the kill leaves behind
+                assert client.get(f"{url}/readyz").status_code == 200
+                (pid,) = [
+                    pid
+                    for pid in listening.family(process.pid)
+                    if listening.command_of(pid).startswith("ray::ServeReplica")
+                ]
+                os.kill(pid, signal.SIGKILL)
+                wait_for(lambda: not answers(url), 20)
+            wait_for(lambda: answers(url), 90)
+            assert ask(url).status_code == 200
+        assert not answers(f"http://127.0.0.1:{direct_port + 1}")
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/readyz", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.mark.slow
+def test_many_halves_of_requests_block_nobody(service_dir, tmp_path):
+    """More than all requests that Serve works on at a time, by both ports; each gets a 408."""
+    port, direct_port = free_port(), free_port()
+    path = tmp_path / "serve.yaml"
+    model = f"{{name: tiny, model: {service_dir}, tasks: [ner], num_cpus: 1}}"
+    path.write_text(f"body_timeout_s: 20\nmodels: [{model}]\n")
+    flags = ("--port", str(port), "--direct-port", str(direct_port))
+    command = [*serve_command(service_dir)[:4], "--config", str(path), *flags]
+    with serving(tmp_path / "log", command):
+        for number in (port, direct_port):
+            url = f"http://127.0.0.1:{number}"
+            assert ask(url).status_code == 200
+            started = time.monotonic()
+            halves = [
+                half_a_request(number, size) for size in (100, 1_000_000) for _ in range(1100)
+            ]
+            slowest = 0.0
+            while time.monotonic() - started < 15:
+                asked = time.monotonic()
+                assert ask(url).status_code == 200
+                slowest = max(slowest, time.monotonic() - asked)
+            assert slowest < 5
+            for half in halves:
+                half.settimeout(40)
+                assert half.recv(12) == b"HTTP/1.1 408"
+                half.close()
+
+
+def half_a_request(port: int, size: int) -> socket.socket:
+    client = socket.create_connection(("127.0.0.1", port), timeout=20)
+    head = f"POST /v1/ner HTTP/1.1\r\nHost: localhost\r\nContent-Length: {size}\r\n\r\n"
+    client.sendall(head.encode() + b'{"inputs": ')
+    return client

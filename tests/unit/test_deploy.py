@@ -5,6 +5,7 @@ import ast
 import copy
 import importlib.util
 import json
+import re
 import ssl
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,7 @@ from typing import Any
 import certifi
 import httpx
 import pytest
+import yaml
 from kuberay_schema import POD_TEMPLATE, REDUCED, ROOT, full_schemas, reduced, strict, used_values
 from manifests import all_problems, deploy_files, difference, file_problems
 from manifests.clusters_of_ray import cluster_problems, quantity
@@ -45,6 +47,20 @@ def test_file(name):
 
 def test_files_agree():
     assert [str(problem) for problem in all_problems(FILES)] == []
+
+
+def test_the_policy_of_the_readme_leaves_the_service_open_and_nothing_else():
+    """What the manifests need: 8000 for clients, Ray among its pods, figures for Prometheus."""
+    (block,) = re.findall(
+        r"```yaml\n(apiVersion: networking.*?)```", (DEPLOY / "README.md").read_text(), flags=re.S
+    )
+    policy = yaml.safe_load(block)
+    assert policy["kind"] == "NetworkPolicy"
+    assert policy["spec"]["podSelector"]["matchLabels"] == {"ray.io/is-ray-node": "yes"}
+    rules = policy["spec"]["ingress"]
+    assert [rule["ports"] for rule in rules if "from" not in rule] == [[{"port": 8000}]]
+    assert {"from": [{"podSelector": {}}]} in rules
+    assert "containerPort: 8000" in (DEPLOY / SERVICE).read_text()
 
 
 def test_manifests_are_what_kuberay_defines(definitions):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from erniem_batch import stopping
+
 ROOT = Path(__file__).parents[2]
 MODULES = sorted((ROOT / "erniem_batch").rglob("*.py"))
 SCRIPTS = sorted((ROOT / "pipelines").glob("*.py"))
@@ -54,6 +56,7 @@ def test_every_module_says_what_it_is(path):
 def test_scripts_have_help(path, monkeypatch, capsys):
     """In this process, which saves seconds each."""
     monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    monkeypatch.setattr(stopping, "install", lambda: None)  # the signals of pytest stay its own
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(path), run_name="__main__")
     told = capsys.readouterr().out

@@ -352,6 +352,59 @@ def test_tokens(run):
     run(test, AppConfig(tokens=(digest,)))
 
 
+def test_names_of_other_machines_are_refused(run):
+    """Only without tokens, which no page of a stranger has; and never for probes of health."""
+    strange = {"host": "evil.example:8000"}
+    body = {"inputs": "Ada"}
+
+    async def refused(client: httpx.AsyncClient, engine: Engine) -> None:
+        assert (await client.post("/v1/ner", json=body)).status_code == 200
+        for path in ("/v1/models", "/", "/docs", "/openapi.json", "/nothing"):
+            response = await client.get(path, headers=strange)
+            assert response.status_code == 421
+            assert error_of(response)["code"] == "unknown_host"
+            assert "evil" not in response.text
+        assert (await client.post("/v1/ner", json=body, headers=strange)).status_code == 421
+        for path in ("/healthz", "/readyz"):
+            assert (await client.get(path, headers=strange)).status_code == 200
+
+    async def answered(client: httpx.AsyncClient, engine: Engine) -> None:
+        for path in ("/v1/models", "/"):
+            response = await client.get(path, headers=strange | bearer)
+            assert response.status_code == 200
+
+    bearer: dict[str, str] = {}
+    run(refused)
+    assert ("other", 421) in run.watched
+    run(answered, AppConfig(allowed_hosts=("evil.example",)))
+    token, digest = new_token()
+    bearer = {"authorization": f"Bearer {token}"}
+    run(answered, AppConfig(tokens=(digest,)))
+    run(refused, AppConfig(allowed_hosts=("good.example",)))
+
+
+def test_a_body_that_takes_too_long(run):
+    """Where no proxy of ours has received it before."""
+    sent: list[Any] = []
+
+    async def test(client: httpx.AsyncClient, engine: Engine) -> None:
+        async def slowly():
+            yield b'{"inputs": '
+            await asyncio.sleep(5)
+
+        started = asyncio.get_running_loop().time()
+        response = await client.post("/v1/ner", content=slowly())
+        assert asyncio.get_running_loop().time() - started < 4
+        assert response.status_code == 408
+        assert error_of(response)["code"] == "body_timeout"
+        assert response.headers["connection"] == "close"
+        sent.append((await client.post("/v1/ner", json={"inputs": "Ada"})).status_code)
+
+    run(test, AppConfig(body_timeout_s=0.2))
+    assert sent == [200]
+    assert [status for _, status in run.watched] == [408, 200]
+
+
 def test_other_origins_are_strangers_unless_invited(run):
     origin = {"origin": "https://example.org"}
 

@@ -4,6 +4,7 @@ import asyncio
 import importlib
 import inspect
 import json
+import re
 import socket
 from dataclasses import fields
 from pathlib import Path
@@ -19,8 +20,12 @@ from erniem_batch.errors import ConfigError
 from erniem_batch.model.config import ErnieMConfig
 from erniem_batch.options import OPTIONS, TASKS, options_of
 from erniem_batch.serve import deployments
+from erniem_batch.serve.addresses import DIRECT_PORT
+from erniem_batch.serve.api import make_api
+from erniem_batch.serve.body_limits import BodyLimits
 from erniem_batch.serve.config import AppConfig, Autoscaling, ModelConfig, app_config
 from erniem_batch.serve.flags import ServeFlags
+from erniem_batch.serve.hosts import is_known_host
 from erniem_batch.serve.messages import (
     EXAMPLES,
     NOT_ONLINE,
@@ -33,7 +38,12 @@ from erniem_batch.serve.messages import (
     items_of,
 )
 from erniem_batch.serve.models import model_folders
-from erniem_batch.serve.run import _settings_of_ray, require_free
+from erniem_batch.serve.run import (
+    ACCESS_LOG,
+    _settings_of_ray,
+    _with_what_is_known_here,
+    require_free,
+)
 from erniem_batch.serve.tokens import VARIABLE, allowed_hashes, hash_of, is_allowed, new_token
 from erniem_batch.tasks.make import make_task
 
@@ -188,6 +198,44 @@ def test_without_tokens_everybody_may(monkeypatch):
     assert is_allowed(None, ())
 
 
+@pytest.mark.parametrize("value", ["", ",", " ,\t\n", "# nobody", "#a,#b", "\ufeff"])
+def test_tokens_that_are_set_but_empty_open_no_door(tmp_path, monkeypatch, capsys, value):
+    """In the environment, in a file, in settings and on the command line."""
+    monkeypatch.setenv(VARIABLE, value)
+    with pytest.raises(ConfigError, match=r"variable ERNIEM_BATCH_TOKENS.*(no hash|no SHA)"):
+        allowed_hashes(AppConfig())
+    with pytest.raises(ConfigError):
+        make_api(AppConfig(), {})
+    assert main(["serve"]) == 2
+    assert "ERNIEM_BATCH_TOKENS" in capsys.readouterr().err
+    monkeypatch.delenv(VARIABLE)
+    path = tmp_path / "tokens"
+    path.write_text(value)
+    assert main(["serve", "--tokens-file", str(path)]) == 2
+    told = capsys.readouterr().err
+    assert "tokens_file" in told
+    assert "no hash" in told or "no SHA-256" in told
+    with pytest.raises(ConfigError, match="tokens"):
+        app_config({"tokens": value})
+
+
+def test_empty_names_of_token_settings_open_no_door(capsys):
+    with pytest.raises(ConfigError, match="tokens: is given but holds no hash; leave it out"):
+        app_config({"tokens": []})
+    with pytest.raises(ConfigError, match="tokens_file"):
+        app_config({"tokens_file": ""})
+    assert main(["serve", "--tokens-file", ""]) == 2
+    assert "tokens_file" in capsys.readouterr().err
+
+
+def test_tokens_of_the_environment_reach_replicas_elsewhere(monkeypatch):
+    """With --address they have another environment."""
+    (_, one), (_, two) = new_token(), new_token()
+    monkeypatch.setenv(VARIABLE, f"{one},{two}")
+    config = _with_what_is_known_here(AppConfig(tokens=(one,)), ServeFlags())
+    assert config.tokens == (one, two)
+
+
 @pytest.mark.parametrize("content", ["", "# nobody\n", "my-secret-token\n", "ABC\n"])
 def test_a_file_of_tokens_that_is_none_opens_no_door(tmp_path, content):
     path = tmp_path / "tokens"
@@ -203,6 +251,79 @@ def test_the_command_makes_a_token(capsys):
     assert main(["token"]) == 0
     made = json.loads(capsys.readouterr().out)
     assert hash_of(made["token"]) == made["sha256"]
+
+
+def test_limits_of_bodies_are_documented():
+    """Name and default of each variable, as a proxy on a cluster reads them."""
+    readme = (Path(__file__).parents[2] / "deploy" / "README.md").read_text()
+    for name, value in BodyLimits().as_environment().items():
+        (row,) = re.findall(rf"^\| `{name}` \| `(\w+)` \| (\d+) \|", readme, flags=re.M)
+        assert getattr(AppConfig(), row[0]) == float(row[1]) == float(value)
+        assert BodyLimits.from_environment({name: "5"}) != BodyLimits()
+
+
+# ---- hosts --------------------------------------------------------------------------------------
+
+
+def scope_of(host, server="127.0.0.1"):
+    return {"headers": [(b"host", host.encode("latin-1"))], "server": (server, 8000)}
+
+
+@pytest.mark.parametrize(
+    ("host", "server", "allowed", "known"),
+    [
+        ("localhost:8000", "127.0.0.1", (), True),
+        ("LOCALHOST.", "127.0.0.1", (), True),
+        ("app.localhost:8000", "127.0.0.1", (), True),
+        ("127.0.0.1", "127.0.0.1", (), True),
+        ("127.1.2.3:80", "127.0.0.1", (), True),
+        ("[::1]:8000", "::1", (), True),
+        ("[::ffff:127.0.0.1]", "127.0.0.1", (), True),
+        # In a pod, where it listens on every address: that of the pod.
+        ("198.51.100.7:8000", "198.51.100.7", (), True),
+        ("198.51.100.7", "::ffff:198.51.100.7", (), True),
+        ("198.51.100.8", "198.51.100.7", (), False),
+        ("evil.example", "127.0.0.1", (), False),
+        ("localhost.evil.example", "127.0.0.1", (), False),
+        ("127.0.0.1.evil.example", "127.0.0.1", (), False),
+        ("evil.example:127.0.0.1", "127.0.0.1", (), False),
+        ("evillocalhost", "127.0.0.1", (), False),
+        ("2130706433", "127.0.0.1", (), False),
+        ("", "127.0.0.1", (), False),
+        ("[::1", "127.0.0.1", (), True),
+        ("\xe9vil.example", "127.0.0.1", (), False),
+        ("serve-svc.default.svc:8000", "198.51.100.7", ("serve-svc.default.svc",), True),
+        ("Serve-Svc", "198.51.100.7", ("serve-svc",), True),
+        ("a.b.example.org", "127.0.0.1", ("*.example.org",), True),
+        ("example.org", "127.0.0.1", ("*.example.org",), False),
+        ("anexample.org", "127.0.0.1", ("*.example.org",), False),
+        ("anything", "127.0.0.1", ("*",), True),
+    ],
+)
+def test_hosts(host, server, allowed, known):
+    assert is_known_host(scope_of(host, server), allowed) == known
+
+
+def test_every_host_of_a_request_counts():
+    scope = scope_of("localhost")
+    scope["headers"].append((b"Host", b"evil.example"))
+    assert not is_known_host(scope, ())
+    assert is_known_host({"headers": [], "server": None}, ()), "no browser asks without one"
+
+
+def test_hosts_of_settings_flags_and_address(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "serve.yaml"
+    path.write_text("allowed_hosts: [a.example]\n")
+    flags = ServeFlags(config=str(path), allowed_host=("b.example",), host="c.example")
+    config = _with_what_is_known_here(flags.app_config(1), flags)
+    assert config.allowed_hosts == ("a.example", "b.example", "c.example")
+    flags = ServeFlags(host="c.example")
+    assert _with_what_is_known_here(flags.app_config(1), flags).allowed_hosts == ("c.example",)
+    monkeypatch.setenv(VARIABLE, new_token()[1])
+    assert _with_what_is_known_here(flags.app_config(1), flags).allowed_hosts == ()
+    for wrong in ("http://a.example", "a.example:80", "", "a.*"):
+        assert main(["serve", "--allowed-host", wrong]) == 2
+        assert "allowed_hosts" in capsys.readouterr().err
 
 
 # ---- messages -----------------------------------------------------------------------------------
@@ -286,10 +407,13 @@ def test_ports_of_replicas_are_opened_when_asked_for():
     assert direct["RAY_SERVE_ENABLE_DIRECT_INGRESS"] == "1"
     ports = [direct[f"RAY_SERVE_DIRECT_INGRESS_{end}_HTTP_PORT"] for end in ("MIN", "MAX")]
     assert ports == ["65000", "65535"]
+    assert direct[DIRECT_PORT] == "65000"
+    from ray._private import ray_constants
     from ray.serve._private import constants
 
-    known = inspect.getsource(constants)
-    assert not [name for name in direct if f'"{name}"' not in known], "as Ray calls them"
+    known = inspect.getsource(constants) + inspect.getsource(ray_constants)
+    names = [name for name in [*direct, *ACCESS_LOG] if name.startswith("RAY_")]
+    assert not [name for name in names if f'"{name}"' not in known], "as Ray calls them"
 
 
 def test_the_environment_wins_over_defaults_and_a_flag_over_the_environment():
