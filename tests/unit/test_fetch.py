@@ -20,6 +20,7 @@ from erniem_batch.errors import ConfigError, StorageError
 from erniem_batch.model import fetch
 from erniem_batch.model.fetch import is_model_file, model_digest
 from erniem_batch.options import demo_model
+from erniem_batch.serve.flags import ServeFlags
 
 MODEL = {"config.json": b"{}", "vocab.txt": b"a\nb\n", "model.safetensors": b"w" * 3_000_000}
 OTHERS = ("README.md", "optimizer.bin", "training_args.bin", ".hidden.json", "checkpoint-5/a.json")
@@ -444,6 +445,11 @@ def test_the_name_of_a_folder_stays_one_elsewhere(tmp_path, monkeypatch):
         (_url(tmp_path), _url(tmp_path)),
     ):
         assert fetch.name_elsewhere(model, Path("org/name")) == there
+        assert fetch.marked_as_path(model) == there
+    assert fetch.marked_as_path("org/other") == "org/other"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert fetch.name_elsewhere("~/org/name", Path()) == "~/org/name"
+    assert ServeFlags(model="org/name").app_config(1).model == "./org/name"
 
 
 @pytest.mark.parametrize(
