@@ -311,6 +311,31 @@ def test_a_long_list_of_entries_is_refused(tmp_path):
         tensors_of(tmp_path)
 
 
+def test_entries_of_an_archive_that_lie_over_each_other_are_refused(tmp_path):
+    """A hundred in one place that is not aligned: each would be copied."""
+    path = _saved(tmp_path, {str(i): torch.full((1024,), float(i))[:1] for i in range(100)})
+
+    def emptied(archive, name, content):
+        is_copy = "/data/" in name and not name.endswith("/data/0")
+        archive.writestr(name, b"" if is_copy else content)
+
+    _rezipped(path, emptied)
+    with zipfile.ZipFile(path) as archive:
+        first = archive.getinfo("pytorch_model/data/0").header_offset
+        start = archive.start_dir
+    content = bytearray(path.read_bytes())
+    at = start
+    while content[at : at + 4] == b"PK\x01\x02":
+        n_name, n_extra = struct.unpack("<HH", content[at + 28 : at + 32])
+        if b"/data/" in content[at + 46 : at + 46 + n_name]:
+            content[at + 20 : at + 28] = struct.pack("<II", 4096, 4096)
+            content[at + 42 : at + 46] = struct.pack("<I", first)
+        at += 46 + n_name + n_extra
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="storages of 409,600 bytes in a file of"):
+        read_torch(path)
+
+
 def _torch_pickle(storage, tensor):
     """The pickle in an archive, with made-up sizes."""
     ref = b"(" + _text("storage") + b"ctorch\nFloatStorage\n" + _text("0") + _text("cpu") + storage
