@@ -89,12 +89,17 @@ def name_elsewhere(model: str, folder: Path) -> str:
         folder: that `local_folder` gave for it.
     """
     scheme, _, rest = model.rpartition("://")
-    is_relative = not scheme and not model.startswith(("/", ".", "~"))
-    if model == DEMO or (not is_relative and scheme != HUB_SCHEME):
+    if model == DEMO or scheme in STORAGE_SCHEMES:
         return model
-    if not scheme and Path(model).is_dir():
-        return f"./{model}"
+    if not scheme and Path(model).expanduser().is_dir():
+        return marked_as_path(model)
     return f"{HUB_SCHEME}://{rest.partition('@')[0]}@{folder.name}"
+
+
+def marked_as_path(model: str) -> str:
+    """A name of a model, with `./` before the relative path of a folder that is here."""
+    is_bare = model != DEMO and "://" not in model and not model.startswith(("/", ".", "~"))
+    return f"./{model}" if is_bare and Path(model).is_dir() else model
 
 
 def head_url(model: str, name: str) -> str | None:

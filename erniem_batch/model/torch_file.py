@@ -257,14 +257,18 @@ def _filled(values: Any, places: Mapping[str, memoryview], n_bytes: int) -> dict
     needed = sum(tensor.n_bytes for tensor in distinct.values())
     if needed > 2 * n_bytes:  # tied weights are two tensors in one place
         raise CheckpointError(f"tensors of {needed:,} bytes in a file of {n_bytes:,}")
-    storages: dict[_Storage, Tensor] = {}
-    for tensor in tensors.values():
-        storage = tensor.storage
-        if storage not in storages:
-            if storage.key not in places:
-                raise CheckpointError(f"no storage {short_repr(storage.key)}")
-            storages[storage] = _numbers(storage, places[storage.key])
-    return {name: _view(storages[tensor.storage], tensor) for name, tensor in tensors.items()}
+    needed = sum(map(len, places.values()))
+    if needed > n_bytes:  # torch never puts two storages in one place
+        raise CheckpointError(f"storages of {needed:,} bytes in a file of {n_bytes:,}")
+    storages: dict[str, tuple[_Storage, Tensor]] = {}
+    for storage in (tensor.storage for tensor in tensors.values()):
+        if storage.key not in places:
+            raise CheckpointError(f"no storage {short_repr(storage.key)}")
+        if storage.key not in storages:
+            storages[storage.key] = storage, _numbers(storage, places[storage.key])
+        if storages[storage.key][0] != storage:
+            raise CheckpointError(f"two types of the storage {short_repr(storage.key)}")
+    return {name: _view(storages[t.storage.key][1], t) for name, t in tensors.items()}
 
 
 def _view(storage: Tensor, tensor: _Tensor) -> Tensor:

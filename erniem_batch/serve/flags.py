@@ -66,6 +66,7 @@ class ServeFlags:
         Raises:
             ConfigError: they are impossible, or said twice.
         """
+        from erniem_batch.model.fetch import marked_as_path
         from erniem_batch.serve.config import app_config
 
         if (self.tls_cert is None) != (self.tls_key is None):
@@ -78,7 +79,7 @@ class ServeFlags:
                 raise ConfigError("--config says all of --model, --tasks, --num-cpus, --num-gpus")
             return self._with_hosts(app_config(_read(self.config) | values))
         cpus = self.num_cpus or (1 if self.num_gpus else min(cores, 4))
-        values |= {"model": self.model, "num_cpus": cpus, "num_gpus": self.num_gpus}
+        values |= {"model": marked_as_path(self.model), "num_cpus": cpus, "num_gpus": self.num_gpus}
         return self._with_hosts(app_config(values | ({"tasks": self.tasks} if self.tasks else {})))
 
     def _with_hosts(self, config: "AppConfig") -> "AppConfig":

@@ -20,6 +20,7 @@ from erniem_batch.errors import ConfigError, StorageError
 from erniem_batch.model import fetch
 from erniem_batch.model.fetch import is_model_file, model_digest
 from erniem_batch.options import demo_model
+from erniem_batch.serve.flags import ServeFlags
 
 MODEL = {"config.json": b"{}", "vocab.txt": b"a\nb\n", "model.safetensors": b"w" * 3_000_000}
 OTHERS = ("README.md", "optimizer.bin", "training_args.bin", ".hidden.json", "checkpoint-5/a.json")
@@ -351,12 +352,15 @@ import json, logging, sys
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
 from erniem_batch.errors import ConfigError
 from erniem_batch.model.fetch import local_folder, name_elsewhere
-try:
-    folder = local_folder(sys.argv[1], "ner")
-    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
-    print(json.dumps([folder.name, found, name_elsewhere(sys.argv[1], folder)]))
-except ConfigError as error:
-    print(json.dumps(str(error)))
+told = []
+for model in sys.argv[1:]:
+    try:
+        folder = local_folder(model, "ner")
+        found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+        told.append([folder.name, found, name_elsewhere(model, folder)])
+    except ConfigError as error:
+        told.append(str(error))
+print(json.dumps(told))
 """
 
 
@@ -364,7 +368,7 @@ except ConfigError as error:
 def ask(hub, tmp_path):
     """What another process gets by a name: it reads the address of the hub when it starts."""
 
-    def call(model, **changes):
+    def call(*models, **changes):
         there = {
             "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
             "HF_HOME": str(tmp_path / "hub"),
@@ -373,7 +377,7 @@ def ask(hub, tmp_path):
             "PYTHONPATH": str(PACKAGE_PARENT),
         }
         done = subprocess.run(
-            [sys.executable, "-c", ASK, model],
+            [sys.executable, "-c", ASK, *models],
             cwd=tmp_path,
             env={**os.environ, **there, **changes},
             capture_output=True,
@@ -387,34 +391,22 @@ def ask(hub, tmp_path):
 
 
 def test_a_model_of_the_hub_is_pinned_and_only_what_is_read_is_fetched(hub, ask):
-    (commit, files, elsewhere), log = ask("hf://org/name")
-    assert (commit, files) == (COMMIT, sorted(MODEL)), "one format of weights, no code"
-    assert elsewhere == f"hf://org/name@{COMMIT}"
+    models = ["hf://org/name", "hf://org/name@v1.0", "hf://org/name@v9", "hf://org/absent"]
+    (newest, tagged, no_revision, no_name), log = ask(*models)
+    expected = [COMMIT, sorted(MODEL), f"hf://org/name@{COMMIT}"]
+    assert newest == tagged == expected, "one format of weights, no code"
     assert f"revision=main commit={COMMIT}; for this version again: hf://org/name@{COMMIT}" in log
+    assert f"revision=v1.0 commit={COMMIT}; " in log
     assert "WARNING" not in log
-    # A commit that is in the cache needs no hub.
-    again, log = ask(f"hf://org/name@{COMMIT}", HF_HUB_OFFLINE="1")
-    assert again == [COMMIT, sorted(MODEL), elsewhere]
-    assert "cannot be reached, looking in its cache" in log
-
-
-def test_a_revision_and_one_that_is_not_there(hub, ask):
-    assert ask("hf://org/name@v1.0")[0][0] == COMMIT
-    assert "/api/models/org/name/revision/v1.0" in hub.asked
-    message, _ = ask("hf://org/name@v9")
-    assert "hub does not give it: RevisionNotFoundError: 404" in message
-
-
-def test_a_bare_name_of_the_hub_comes_with_a_warning(hub, ask, tmp_path):
-    (commit, _, elsewhere), log = ask("org/name")
-    assert (commit, elsewhere) == (COMMIT, f"hf://org/name@{COMMIT}")
+    assert "hub does not give it: RevisionNotFoundError: 404" in no_revision
+    assert "hub does not give it: RepositoryNotFoundError: 404" in no_name
+    # A commit that is in the cache needs no hub; a bare name comes with a warning.
+    pinned, bare = f"hf://org/name@{COMMIT}", "org/name"
+    assert ask(pinned, HF_HUB_OFFLINE="1")[0] == [expected]
+    (found,), log = ask(bare)
+    assert found == expected
     assert "WARNING erniem_batch.model.fetch model=org/name is no folder here" in log
     assert "write hf://org/name for a model of the hub, ./org/name for a folder" in log
-
-
-@pytest.mark.parametrize("name", ["hf://org/absent", "org/absent"])
-def test_a_name_that_the_hub_does_not_know(ask, name):
-    assert "hub does not give it: RepositoryNotFoundError: 404" in ask(name)[0]
 
 
 def test_a_path_that_is_not_there_never_becomes_a_download(tmp_path, monkeypatch):
@@ -444,6 +436,11 @@ def test_the_name_of_a_folder_stays_one_elsewhere(tmp_path, monkeypatch):
         (_url(tmp_path), _url(tmp_path)),
     ):
         assert fetch.name_elsewhere(model, Path("org/name")) == there
+        assert fetch.marked_as_path(model) == there
+    assert fetch.marked_as_path("org/other") == "org/other"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert fetch.name_elsewhere("~/org/name", Path()) == "~/org/name"
+    assert ServeFlags(model="org/name").app_config(1).model == "./org/name"
 
 
 @pytest.mark.parametrize(
