@@ -19,7 +19,7 @@ import os
 import re
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -652,14 +652,16 @@ class Hashed:
         return self._digest.hexdigest()
 
 
-def write_tables(path: str, tables: Iterable[pa.Table], indexed: Sequence[str]) -> None:
+def write_tables(path: str, tables: Iterable[pa.Table], large: str) -> None:
     """The same from several tables of one schema, each a row group.
 
     Args:
-        indexed: columns with dictionaries and statistics, which take memory several times.
+        large: column without dictionary and statistics, which take its memory several times more.
     """
     tables = iter(tables)
     table = next(tables)
+    nested = any(pa.types.is_nested(field.type) for field in table.schema)
+    indexed = nested or [name for name in table.column_names if name != large]
     columns: dict[str, Any] = {"use_dictionary": indexed, "write_statistics": indexed}
     columns |= {"compression": "zstd", "write_page_checksum": True}
     with (

@@ -280,6 +280,7 @@ class UnitTagger:
                 self._metrics.report(tally.counts(), tally.reasons, self._figures(), unit.id)
                 with self._timed("write"):
                     yield from one.add(table, chunk.settled)
+                del chunk, table  # they may be large, and so may the next ones
             for table in one.rest():
                 self._rows_read += len(table)  # for the watchdog, which sees that there is progress
                 with self._timed("write"):

@@ -89,7 +89,9 @@ def jsonl_chunks(
             yield replace(chunk, share=part, settled=is_only)
         if block.is_last:
             return
-        done, block = end, next(blocks)
+        done = end
+        del block, chunk  # they are not needed any more, and may be large
+        block = next(blocks)
 
 
 @dataclass(slots=True)

@@ -52,8 +52,6 @@ LETTER_SCHEMA = pa.schema(
     ]
 )
 
-INDEXED = [name for name in LETTER_SCHEMA.names if name != "line"]
-
 
 def letters_name(output: str, attempt: str = "") -> str:
     """Where the dead letters of an output are, in the output folder.
@@ -100,7 +98,7 @@ def write_letters(
             group, following = following, next(groups, None)
             written += one.add(_table(unit, group, attempts, model, source), False)
         path = storage.join(folder, name)
-        storage.write_tables(path, chain(written, one.rest()), INDEXED)
+        storage.write_tables(path, chain(written, one.rest()), large="line")
 
 
 def _table(

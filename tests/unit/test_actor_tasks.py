@@ -22,7 +22,7 @@ from fakes import (
 
 from erniem_batch import ErnieMTokenizer
 from erniem_batch.errors import ConfigError
-from erniem_batch.job import jsonl, parquet
+from erniem_batch.job import jsonl, rowgroups
 from erniem_batch.job.actor import UnitTagger
 from erniem_batch.job.config import JobConfig
 from erniem_batch.job.letters import DEAD_LETTERS
@@ -421,7 +421,7 @@ def test_columns_of_an_empty_unit(tmp_path, job, name, kind):
 def test_columns_do_not_depend_on_the_rows_of_a_chunk(tmp_path, job, name, kind, monkeypatch):
     """Chunks that are good, bad and mixed are written into one file, in one schema."""
     case = CASES[name]
-    for module in (jsonl, parquet):
+    for module in (jsonl, rowgroups):
         monkeypatch.setattr(module, "CHUNK_ROWS", 3)
     bad = [row for row, _ in bad_rows(case, kind)]
     rows = [*(bad * 3)[:3], *case.good, *bad, *case.good[:2]]

@@ -2,12 +2,13 @@ import json
 
 import pytest
 
+from erniem_batch import storage
 from erniem_batch.job.attempts import (
     ATTEMPTS,
     DEATHS_TOGETHER,
     UNEXPLAINED_DEATHS,
     Attempt,
-    forget,
+    records,
 )
 
 
@@ -93,9 +94,11 @@ def test_units_are_apart(tmp_path, begin):
         begin("u1")
     assert begin("u2").number == 1
     assert _records(tmp_path) == ["u1.json", "u2.json"]
-    forget(str(tmp_path))
+    assert sorted(info.path.rpartition("/")[2] for info in records(str(tmp_path))) == [
+        "u1.json", "u2.json",
+    ]  # fmt: skip
+    storage.remove(records(str(tmp_path)))
     assert _records(tmp_path) == []
-    forget(str(tmp_path))
 
 
 def test_a_record_holds_numbers_only(tmp_path, begin):

@@ -5,6 +5,8 @@ That the numbers are those of transformers is shown in tests/parity/test_pipelin
 
 import json
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from fakes import save_tiny_models
@@ -166,3 +168,55 @@ def test_options_that_cannot_be(models):
     features = make(models, "feature-extraction", "embed", pooling="mean")
     with pytest.raises(ConfigError, match="pooling: choose when the model is loaded"):
         features.inner.predictor.with_options(pooling="cls")
+
+
+class Frame:
+    """Iterates over the names of its columns, as the tables of pandas do."""
+
+    columns = ("text",)
+
+    def __iter__(self):
+        return iter(self.columns)
+
+
+NO_LISTS = [{"text": "Ada"}, Frame(), pa.table({"text": ["Ada"]}), None, 5, b"Ada", {"Ada"}]
+
+
+@pytest.mark.parametrize("given", NO_LISTS, ids=lambda given: type(given).__name__)
+def test_what_is_no_list_of_texts_is_refused(models, given):
+    """Once, the names of columns and keys were taken for texts, and nothing was found in them."""
+    kind = type(given).__name__
+    ner = make(models, "ner", "ner")
+    with pytest.raises(TypeError, match=f"texts must be a list of strings, got {kind}"):
+        ner(given)
+    embed = make(models, "feature-extraction", "embed")
+    with pytest.raises(TypeError, match=f"inputs must be a list of strings, got {kind}"):
+        embed(given)
+    choose = make(models, "multiple-choice", "choose")
+    with pytest.raises(TypeError, match=f"premise must be a list of strings, got {kind}"):
+        choose(given, [["a"]])
+    zero_shot = make(models, "zero-shot-classification", "classify-entailment")
+    with pytest.raises(TypeError, match=f"sequences must be a list of strings, got {kind}"):
+        zero_shot(given, "a, b")
+    if not isinstance(given, dict):
+        for task, name in (("text-classification", "classify"), ("extract", "extract")):
+            options = {"schema": "Person"} if name == "extract" else {}
+            with pytest.raises(TypeError, match=f"inputs must be a list of .*, got {kind}"):
+                make(models, task, name, **options)(given)
+    if given is not None:
+        ask = make(models, "question-answering", "qa")
+        with pytest.raises((TypeError, ValueError), match=r"inputs must be "):
+            ask(given)
+
+
+def test_lists_of_other_kinds(models):
+    ner = make(models, "ner", "ner")
+    assert ner(iter(TEXTS)) == ner(tuple(TEXTS)) == ner(np.array(TEXTS)) == ner(TEXTS)
+    choose = make(models, "multiple-choice", "choose")
+    with pytest.raises(TypeError, match="choices must be a list of strings, got str"):
+        choose(TEXTS[0], "in op")
+    ask = make(models, "question-answering", "qa")
+    with pytest.raises(ValueError, match="there is no 'context'"):
+        ask({"question": "in?"})
+    with pytest.raises(TypeError, match="got str"):
+        ask([TEXTS[0]])

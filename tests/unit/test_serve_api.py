@@ -604,7 +604,7 @@ def test_too_much_work_is_refused_with_its_numbers(run, body):
             assert response.status_code == 200
         else:
             assert response.status_code in (413, 422), response.text[:300]
-            assert re.search(r"\d+ .*(at most|of) \d+", error_of(response)["message"])
+            assert len(re.findall(r"\d{3,}", error_of(response)["message"])) >= 2
         assert all(batcher.n_waiting_tokens == 0 for batcher in engine._batchers.values())
         await asyncio.wait_for(free_threads(engine), timeout=10)
 

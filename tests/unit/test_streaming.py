@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 
 from erniem_batch.errors import RecordError
 from erniem_batch.gold import rows_of
-from erniem_batch.job import JobConfig, jsonl, lines
+from erniem_batch.job import JobConfig, actor, jsonl, lines, sizes
 from erniem_batch.job.jsontypes import infer_schema, join_types
 from erniem_batch.job.lines import bounded_lines, count_rows
 from erniem_batch.job.read import UnitReader, input_schema
 from erniem_batch.job.settle import OneSchema
+from erniem_batch.job.sizes import grouped
 from erniem_batch.job.units import files_of, find_files, plan_units, to_table
+from erniem_batch.records import Record
 
 TEXT = pa.schema([("text", pa.string())])
 
@@ -164,7 +166,7 @@ def test_blocks_are_bounded_by_bytes(tmp_path, monkeypatch):
     rows = [{"text": f"t{i}", "ballast": "x" * 50_000} for i in range(40)]
     path = write_jsonl(tmp_path / "a.jsonl.gz", rows)
     chunks = chunks_of(path)
-    assert [len(c.texts) for c in chunks] == [4] * 10
+    assert [len(c.texts) for c in chunks] == [3] * 13 + [1]
     assert [text for c in chunks for text in c.texts] == [row["text"] for row in rows]
     shares = [c.share for c in chunks]
     assert shares == sorted(shares)
@@ -276,6 +278,37 @@ def test_too_many_values_in_a_row(tmp_path):
     assert [len(text) for c in chunks for text in c.texts] == [3_000_000]
     (bad,) = (bad for c in chunks for bad in c.bad)
     assert "more than 1000000 values in one row" in bad.failure.reason
+
+
+def test_a_large_row_is_a_block_by_itself(tmp_path, monkeypatch):
+    """A character beyond the first 65,536 makes all others of its text four bytes wide."""
+    monkeypatch.setattr(jsonl, "BLOCK_WEIGHT", 20_000)
+    monkeypatch.setattr(jsonl, "LARGE_WEIGHT", 10_000)
+    texts = ["a", "b", "x" * 9000, "c", "x" * 3000 + "\U0001f600", "d", "e"]
+    chunks = chunks_of(write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts]))
+    assert [c.texts for c in chunks] == [texts[:4], [texts[4]], texts[5:]]
+
+
+@pytest.mark.parametrize(("n", "n_groups"), [(10, 1), (2_000_000, 5), (4_000_000, 5)])
+def test_texts_are_tokenized_in_groups(n, n_groups):
+    records = [Record(str(i), "x" * n) for i in range(5)]
+    groups = list(grouped(records))
+    assert [r for group in groups for r in group] == records
+    assert len(groups) == n_groups
+
+
+def test_a_text_that_is_too_long(tmp_path, monkeypatch, tag):
+    """Its tokens would take gigabytes; a larger --max-row-bytes reads it."""
+    monkeypatch.setattr(sizes, "LEAST_LIMIT", 100)
+    monkeypatch.setattr(sizes, "GROUP_CHARACTERS", 100)
+    monkeypatch.setattr(actor, "GROUP_CHARACTERS", 100)
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": "Ada " * 40}, {"text": "Ada"}])
+    (receipt,) = tag(source, max_row_bytes=1000)
+    assert (receipt["error"], receipt["n_ok"], receipt["n_dead"]) == ("", 1, 1)
+    (letter,) = pq.read_table(letters_path(tmp_path / "out")).to_pylist()
+    assert letter["reason"].startswith("160 characters of text: at most 100 are read")
+    (receipt,) = tag(source, output=str(tmp_path / "more"), max_row_bytes=16_000)
+    assert (receipt["n_ok"], receipt["n_dead"]) == (2, 0)
 
 
 # ---- before the work ----------------------------------------------------------------------------

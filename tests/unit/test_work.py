@@ -174,8 +174,9 @@ def test_every_span_of_a_window_is_counted_before_it_is_paired(load):
 
 
 def test_labels_and_prefixes_are_measured_before_they_are_put_together(load):
-    options = ClassifyOptions(candidate_labels=("a" * 1000,), hypothesis_template="{}" * 2000)
-    with pytest.raises(ConfigError, match="2004000 characters; at most 1048576"):
+    labels = tuple(f"{i:04}" + "a" * 996 for i in range(1100))
+    options = ClassifyOptions(candidate_labels=labels, hypothesis_template="b" * 998 + "{}")
+    with pytest.raises(ConfigError, match=r"\d{7} characters; at most 1048576"):
         load("classify-entailment", options)
     with pytest.raises(ConfigError, match=r"prefix has 5000 characters; at most 1024"):
         load("embed", EmbedOptions(prefix="x" * 5000))
@@ -223,10 +224,10 @@ def test_a_cache_keeps_to_its_bytes():
 
 def test_pieces_are_forgotten_by_their_length(tokenizer, monkeypatch):
     """One unknown piece may be as long as its text."""
-    monkeypatch.setattr("erniem_batch.text.pieces.MAX_REMEMBERED_CHARS", 50_000)
-    table = tokenizer._segments._table
+    monkeypatch.setattr("erniem_batch.text.pieces.MAX_REMEMBERED_CHARACTERS", 50_000)
     expected = tokenizer.encode_batch(["in Berlin"]).ids.tolist()
     for i in range(20):
         tokenizer.encode_batch([chr(0x10400 + i) * 10_000])
-        assert table._n_chars_kept <= 50_000 + 10_100
+        table = tokenizer._segments._table  # begun anew when it is full
+        assert table._n_characters <= 50_000 + 10_100
     assert tokenizer.encode_batch(["in Berlin"]).ids.tolist() == expected
