@@ -39,11 +39,13 @@ from erniem_batch.job.write import (
 from erniem_batch.model.fetch import local_folder, model_digest
 from erniem_batch.predictor import Predictor
 from erniem_batch.records import Failure, Outcome, Prediction, Record
+from erniem_batch.serve.memory import Trimmer
 from erniem_batch.tasks.base import Task
 
 logger = logging.getLogger(__name__)
 
 EXIT_DEVICE = 76
+TRIM_EVERY_S = 2.0  # memory that large rows have left goes back to the system
 # Stages of a unit's way, by their names in Counters.seconds and here.
 STAGES = {
     "read": "read",
@@ -168,6 +170,7 @@ class UnitTagger:
         self._metrics = ActorMetrics(config.task)
         self._turns = _Turns()
         self._long_text = threading.Lock()
+        self._trim = Trimmer(TRIM_EVERY_S)
         counters = self._predictor.counters
         self._watchdog = Watchdog(
             assignment.config.unit_timeout,
@@ -281,6 +284,7 @@ class UnitTagger:
                 with self._timed("write"):
                     yield from one.add(table, chunk.settled)
                 del chunk, table  # they may be large, and so may the next ones
+                self._trim()
             for table in one.rest():
                 self._rows_read += len(table)  # for the watchdog, which sees that there is progress
                 with self._timed("write"):

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 LINE_WEIGHT = 512
 VALUE_WEIGHT = 64
 # Rows that are held together. A unit that is not larger has the types that hold all of its values.
-BLOCK_WEIGHT = 2 * CHUNK_BYTES
+BLOCK_WEIGHT = CHUNK_BYTES
 # A row of more is held by one unit of a process at a time.
 LARGE_WEIGHT = BLOCK_WEIGHT // 2
 # Values in one row: each takes up to a hundred bytes of memory, and may be two bytes in the file.
