@@ -132,7 +132,8 @@ def plan_run(
         units = units.filter(pc.invert(pc.is_in(units["id"], plan["id"].combine_chunks())))
     else:
         units = _new_units(folder, config, info, found, plan, edition)
-    folder.require_known(info, pa.concat_tables([plan, with_edition(units, edition)]))
+    made = pa.concat_tables([plan, with_edition(units, edition)])
+    folder.require_known(info, made, strict=bool(lost))
     if not dry:
         folder.set_aside(lost)
     if not len(units):

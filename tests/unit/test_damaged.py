@@ -131,6 +131,14 @@ def test_a_plan_that_the_input_does_not_bring_back(night, job, tmp_path, gone):
     assert len(list(night.glob("*.parquet"))) == 2, "nothing of the old generation is left"
 
 
+def test_plan_and_manifest_are_damaged(night, job):
+    """Nothing could prove that a new plan has all that counts."""
+    truncated(segments_of(night, "plan")[0])
+    truncated(night / MANIFEST)
+    with pytest.raises(DamagedFile, match=f"{MANIFEST} is damaged"):
+        job()
+
+
 def test_a_limited_plan_is_not_guessed(tmp_path, job):
     """How many rows are left of --limit is in the plan alone."""
     write_jsonl(tmp_path / "in" / "a.jsonl", [{"text": f"Ada {j}"} for j in range(5)])
