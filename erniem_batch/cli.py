@@ -252,6 +252,7 @@ def status(output: str, *, watch: float | None = None) -> int:
     from erniem_batch.job.status import status as status_of
     from erniem_batch.job.view import show_status
 
+    configure_logging()
     while True:
         found = status_of(output)
         show_status(found, Console(stderr=True))
@@ -519,6 +520,7 @@ def parity(
     from erniem_batch.client import Client
     from erniem_batch.serve.parity import compare, show
 
+    configure_logging()
     secret = None if token_env is None else os.environ.get(token_env)
     if token_env is not None and not secret:
         raise ConfigError(f"--token-env {token_env}: there is no such environment variable")

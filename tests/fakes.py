@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,26 @@ def tag_here(monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[Receipt]:
     monkeypatch.setattr(run, "connect", lambda config: False)
     monkeypatch.setattr(run, "tag_units", here)
     return here.done
+
+
+class Kept:
+    """A predictor that several runs use: nobody closes it."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        self._predictor = predictor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._predictor, name)
+
+    def close(self) -> None:
+        pass
+
+
+def quick_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs of one test load their model once and draw no charts: a second less for each job."""
+    loaded = cache(Predictor.load)
+    monkeypatch.setattr(Predictor, "load", staticmethod(lambda config: Kept(loaded(config))))
+    monkeypatch.setattr(run, "_page", lambda *_: "")
 
 
 def make_tagger(

@@ -143,7 +143,7 @@ def plan_run(
         else:
             units, edition = _new_units(folder, config, info, found, plan, edition)
         whole = pa.concat_tables([plan, with_edition(units, edition)])
-        folder.require_known(info, whole)
+        folder.require_known(info, whole, strict=bool(lost))
         if lease is not None:
             lease.prove()
             folder.set_aside(lost)

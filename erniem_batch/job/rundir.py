@@ -283,13 +283,16 @@ class RunFolder:
         segments.write_segment(path, table, notes, exclusive=True)
         return table
 
-    def require_known(self, info: RunInfo, plan: pa.Table) -> None:
+    def require_known(self, info: RunInfo, plan: pa.Table, *, strict: bool = False) -> None:
         """Check that a plan has all files that the manifest names.
+
+        Args:
+            strict: Whether a damaged manifest is an error, because a part of the plan is lost too.
 
         Raises:
             ConfigError: It has not. To go on would remove these files.
         """
-        manifest = readable_manifest(self.output)
+        manifest = read_manifest(self.output) if strict else readable_manifest(self.output)
         if manifest is None or manifest.generation != info.generation:
             return
         named = pa.array([entry.name for entry in manifest.files], pa.string())

@@ -28,7 +28,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 from cyclopts import App
-from fakes import Killed, UnitsHere, save_tiny_ner_model, write_jsonl
+from fakes import Kept, Killed, UnitsHere, save_tiny_ner_model, write_jsonl
 
 from erniem_batch import ErnieMTokenizer, cli
 from erniem_batch.errors import ErnieMBatchError
@@ -99,7 +99,7 @@ def tagging_here() -> Iterator[UnitsHere]:
         *((charts, name, _blank(name)) for name in CHARTS),
     ]
     loaded = cache(Predictor.load)
-    replaced.append((Predictor, "load", staticmethod(lambda config: _Kept(loaded(config)))))
+    replaced.append((Predictor, "load", staticmethod(lambda config: Kept(loaded(config)))))
     before = [(place, name, vars(place)[name]) for place, name, _ in replaced]
     for place, name, value in replaced:
         setattr(place, name, value)
@@ -116,19 +116,6 @@ def _blank(name: str) -> Callable[[Any], str]:
 
     chart.__name__ = name
     return chart
-
-
-class _Kept:
-    """A predictor that several runs use: nobody closes it."""
-
-    def __init__(self, predictor: Predictor) -> None:
-        self._predictor = predictor
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._predictor, name)
-
-    def close(self) -> None:
-        pass
 
 
 def call(arguments: Sequence[str]) -> tuple[int, str, str]:

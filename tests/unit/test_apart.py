@@ -3,11 +3,10 @@
 import os
 
 import pytest
-from fakes import write_jsonl
+from fakes import quick_jobs, write_jsonl
 
 from erniem_batch import cli
 from erniem_batch.errors import ConfigError
-from erniem_batch.job import run
 from erniem_batch.job.apart import require_apart, require_found_apart
 from erniem_batch.job.compact import compact
 from erniem_batch.job.units import find_files
@@ -16,9 +15,8 @@ from erniem_batch.train.run import finetune
 
 
 @pytest.fixture(autouse=True)
-def no_page(monkeypatch):
-    """Charts take half a second."""
-    monkeypatch.setattr(run, "_page", lambda *_: "")
+def quick(monkeypatch):
+    quick_jobs(monkeypatch)
 
 
 INSIDE = "is inside --output"

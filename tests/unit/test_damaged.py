@@ -8,11 +8,11 @@ import shutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fakes import Killed, write_jsonl
+from fakes import Killed, quick_jobs, write_jsonl
 
 from erniem_batch.errors import ConfigError, DamagedFile
 from erniem_batch.evaluate import read as evaluate_read
-from erniem_batch.job import result_files, run
+from erniem_batch.job import result_files
 from erniem_batch.job.attempts import Attempt, n_repeated
 from erniem_batch.job.compact import compact
 from erniem_batch.job.details import previous_findings
@@ -26,9 +26,8 @@ from erniem_batch.serve import parity
 
 
 @pytest.fixture(autouse=True)
-def no_page(monkeypatch):
-    """Charts take half a second."""
-    monkeypatch.setattr(run, "_page", lambda *_: "")
+def quick(monkeypatch):
+    quick_jobs(monkeypatch)
 
 
 @pytest.fixture
@@ -130,6 +129,14 @@ def test_a_plan_that_the_input_does_not_bring_back(night, job, tmp_path, gone):
     report, _ = job(overwrite=True)
     assert (report.exit_code, report.n_ok) == (0, 3)
     assert len(list(night.glob("*.parquet"))) == 2, "nothing of the old generation is left"
+
+
+def test_plan_and_manifest_are_damaged(night, job):
+    """Nothing could prove that a new plan has all that counts."""
+    truncated(segments_of(night, "plan")[0])
+    truncated(night / MANIFEST)
+    with pytest.raises(DamagedFile, match=f"{MANIFEST} is damaged"):
+        job()
 
 
 def test_a_limited_plan_is_not_guessed(tmp_path, job):
@@ -373,7 +380,7 @@ def test_every_flipped_bit_of_a_segment_is_found(tmp_path):
     assert read_segment(path, PLAN_SCHEMA, (), "") == table
     data = (tmp_path / "001-00001.parquet").read_bytes()
     wrong = 0
-    for place in range(0, len(data), 3):
+    for place in range(0, len(data), 11):
         changed = bytearray(data)
         changed[place] ^= 1 << place % 8
         (tmp_path / "001-00001.parquet").write_bytes(bytes(changed))

@@ -5,13 +5,13 @@ import os
 
 import pyarrow as pa
 import pytest
-from fakes import write_jsonl, write_parquet
+from fakes import quick_jobs, write_jsonl, write_parquet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from erniem_batch import storage
 from erniem_batch.errors import ConfigError
-from erniem_batch.job import result_files, run
+from erniem_batch.job import result_files
 from erniem_batch.job.units import (
     MOST_NAME_BYTES,
     MOST_PART_BYTES,
@@ -24,9 +24,8 @@ from erniem_batch.job.verify import verify
 
 
 @pytest.fixture(autouse=True)
-def no_page(monkeypatch):
-    """Charts take half a second."""
-    monkeypatch.setattr(run, "_page", lambda *_: "")
+def quick(monkeypatch):
+    quick_jobs(monkeypatch)
 
 
 LONG = "n" * 225

@@ -7,11 +7,10 @@ import shutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fakes import RefusingTagger, write_jsonl
+from fakes import RefusingTagger, quick_jobs, write_jsonl
 
 from erniem_batch import cli
 from erniem_batch.errors import ConfigError
-from erniem_batch.job import run
 from erniem_batch.job.compact import compact
 from erniem_batch.job.manifest import MANIFEST, read_manifest
 from erniem_batch.job.verify import verify
@@ -24,9 +23,8 @@ both = pytest.mark.parametrize("format_", FORMATS)
 
 
 @pytest.fixture(autouse=True)
-def no_page(monkeypatch):
-    """Charts take half a second."""
-    monkeypatch.setattr(run, "_page", lambda *_: "")
+def quick(monkeypatch):
+    quick_jobs(monkeypatch)
 
 
 @pytest.fixture

@@ -5,18 +5,16 @@ import time
 
 import pyarrow as pa
 import pytest
-from fakes import Killed, write_jsonl
+from fakes import Killed, quick_jobs, write_jsonl
 
 from erniem_batch import storage
-from erniem_batch.job import run
 from erniem_batch.job.rundir import changed_files
 from erniem_batch.job.units import FILE_SCHEMA, UNIT_SCHEMA
 
 
 @pytest.fixture(autouse=True)
-def no_page(monkeypatch):
-    """Charts take half a second."""
-    monkeypatch.setattr(run, "_page", lambda *_: "")
+def quick(monkeypatch):
+    quick_jobs(monkeypatch)
 
 
 def older(version):
