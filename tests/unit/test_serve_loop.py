@@ -65,7 +65,7 @@ async def client_of(loaded: Engine, **app: Any) -> AsyncIterator[httpx.AsyncClie
 
 
 async def ask(
-    client: httpx.AsyncClient, path: str, body: bytes, seconds: str = "1"
+    client: httpx.AsyncClient, path: str, body: bytes, seconds: str = "50"
 ) -> httpx.Response:
     headers = {**HEADERS, "x-request-timeout-seconds": seconds}
     answer = await client.post(path, content=body, headers=headers)
@@ -105,7 +105,7 @@ def test_figures_of_the_event_loop(loaded: Engine) -> None:
                 loops = []
                 for _ in range(3):
                     async with watched() as loop:
-                        answer = await ask(client, path, body)
+                        answer = await ask(client, path, body, seconds="1")
                     loops.append(loop)
                 step, gap = min(i.step for i in loops), min(i.gap for i in loops)
                 found.append((step, gap, answer.status_code, name))
@@ -133,7 +133,7 @@ def test_a_short_text_does_not_wait_for_a_long_one(loaded: Engine) -> None:
                 seconds.append(time.perf_counter() - started)
             await task
             assert seconds
-            assert sorted(seconds)[len(seconds) // 2] < 0.4
+            assert sorted(seconds)[len(seconds) // 2] < 1
 
     asyncio.run(test())
 
@@ -173,7 +173,7 @@ def test_the_cost_of_every_field_is_in_proportion(loaded: Engine) -> None:
 
     async def seconds(client: httpx.AsyncClient, path: str, body: bytes) -> float:
         started = time.process_time()  # which other processes do not change
-        await ask(client, path, body)
+        await ask(client, path, body, seconds="1")
         return time.process_time() - started
 
     async def test() -> list[str]:
