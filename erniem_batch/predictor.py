@@ -471,12 +471,19 @@ def _slices(records: Sequence[Record], n_characters: int | None) -> Iterator[Seq
     total = 0
     for record in records:
         some.append(record)
-        total += len(record.text) if isinstance(record.text, str) else 0
+        total += _n_characters(record.text, *record.fields.values())
         if total >= n_characters:
             yield some
             some, total = [], 0
     if some:
         yield some
+
+
+def _n_characters(*values: Any) -> int:
+    """Characters of strings, and of lists of strings."""
+    texts = [value for value in values if isinstance(value, str)]
+    lists = [_n_characters(*value) for value in values if isinstance(value, list)]
+    return sum(map(len, texts)) + sum(lists)
 
 
 class _Store:
