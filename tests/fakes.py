@@ -181,7 +181,7 @@ class Alone:
 
 def letters_path(output: Path | str, name: str = "a") -> Path:
     """The dead letters of an output of which there was one attempt."""
-    (path,) = (Path(output) / "_dead_letters").glob(f"{name}.try-????????.parquet")
+    (path,) = (Path(output) / "_dead_letters").glob(f"{name}.rows-????????.parquet")
     return path
 
 
@@ -245,8 +245,9 @@ class Kept:
 
 def quick_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs of one test load their model once and draw no charts: a second less for each job."""
-    loaded = cache(Predictor.load)
-    monkeypatch.setattr(Predictor, "load", staticmethod(lambda config: Kept(loaded(config))))
+    load = Predictor.load.__func__  # type: ignore[attr-defined]
+    loaded = cache(lambda kind, config: load(kind, config))
+    monkeypatch.setattr(Predictor, "load", classmethod(lambda *given: Kept(loaded(*given))))
     monkeypatch.setattr(run, "_page", lambda *_: "")
 
 

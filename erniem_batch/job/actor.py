@@ -234,20 +234,19 @@ class UnitTagger:
         run = self._run
         config = run.config
         reader = UnitReader.of_job(config, unit, run.schema)
-        letters = letters_name(unit.output, uuid.uuid4().hex[:8])
         with BadRows(run.output) as bad:
             tally = _Tally(self._predictor.task, bad)
             n_written, n_bytes, digest = write_tables(
                 run.output,
                 name,
-                self._tables(reader, tally, attempt, letters),
+                self._tables(reader, tally, attempt),
                 lambda: Marks(
                     unit.id,
                     run.fingerprint,
                     _source(unit),
                     tally.counts(),
                     findings=tally.findings(),
-                    letters=letters if tally.bad.n_letters else "",
+                    letters=tally.letters_of(unit),
                 ),
             )
         if n_written != tally.n_ok:
@@ -260,14 +259,12 @@ class UnitTagger:
             seconds=time.perf_counter() - started,
             findings=tally.findings(),
             sha256=digest,
-            dead_letters=letters if tally.bad.n_letters else "",
+            dead_letters=tally.letters_of(unit),
         )
         self._metrics.unit_done(unit.id, receipt.seconds, reader.n_bytes)
         return replace(receipt, **tally.counts())  # type: ignore[arg-type]
 
-    def _tables(
-        self, reader: UnitReader, tally: "_Tally", attempt: Attempt, letters: str
-    ) -> Iterator[pa.Table]:
+    def _tables(self, reader: UnitReader, tally: "_Tally", attempt: Attempt) -> Iterator[pa.Table]:
         unit = reader.unit
         chunks = self._chunks(reader, attempt)
         self._tell(unit, tally, 0.0)
@@ -291,7 +288,8 @@ class UnitTagger:
                     yield table
         self._tell(unit, tally, 1.0, done=True)
         # The dead letters before the data becomes visible.
-        if tally.bad.n_letters:
+        letters = tally.letters_of(unit)
+        if letters:
             write_letters(
                 self._run.output,
                 letters,
@@ -453,6 +451,10 @@ class _Tally:
     def findings(self) -> str:
         """What was found, by label and language; and why rows are dead letters."""
         return self._findings.as_text()
+
+    def letters_of(self, unit: Unit) -> str:
+        """The file of the dead letters; empty if there are none."""
+        return letters_name(unit.output, self.bad.digest) if self.bad.n_letters else ""
 
     def add_bad(self, bad: Sequence[BadRow]) -> None:
         self.bad.add(bad)

@@ -53,21 +53,20 @@ LETTER_SCHEMA = pa.schema(
 )
 
 
-def letters_name(output: str, attempt: str = "") -> str:
+def letters_name(output: str, digest: str = "") -> str:
     """Where the dead letters of an output are, in the output folder.
 
     Args:
-        attempt: a name that no other attempt at the unit has: two attempts may differ in their
-            dead letters, and those of the attempt whose output counts must stay. Empty: the name
-            that older releases gave.
+        digest: of the dead letters. Two attempts at a unit may differ in them, and those of the
+            attempt whose output counts must stay. Empty: the name that older releases gave.
     """
-    return f"{DEAD_LETTERS}/{output}{f'.try-{attempt}' if attempt else ''}.parquet"
+    return f"{DEAD_LETTERS}/{output}{f'.rows-{digest}' if digest else ''}.parquet"
 
 
 def output_of_letters(name: str) -> str:
     """The output that a file of dead letters belongs to, both without suffix."""
     stem = name[len(DEAD_LETTERS) + 1 :].removesuffix(".parquet")
-    return re.sub(r"\.try-[0-9a-f]{8}$", "", stem)
+    return re.sub(r"\.rows-[0-9a-f]{8}$", "", stem)
 
 
 def write_letters(

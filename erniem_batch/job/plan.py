@@ -23,6 +23,7 @@ from erniem_batch.job.rundir import (
     changed_files,
     current_units,
     encode_schema,
+    readable_manifest,
     with_edition,
 )
 from erniem_batch.job.settings import differences, fingerprint, settings_of, versions
@@ -141,7 +142,8 @@ def plan_run(
         if found is None:
             units = to_table(replay_units(folder, info.generation, plan))
         else:
-            units, edition = _new_units(folder, config, info, found, plan, edition)
+            is_damaged = bool(lost) or not folder.is_complete(info, plan)
+            units, edition = _new_units(folder, config, info, found, plan, edition, is_damaged)
         whole = pa.concat_tables([plan, with_edition(units, edition)])
         folder.require_known(info, whole, strict=bool(lost))
         if lease is not None:
@@ -165,11 +167,16 @@ def _new_units(
     found: pa.Table,
     plan: pa.Table,
     edition: int,
+    is_damaged: bool,
 ) -> tuple[pa.Table, int]:
     """Units of new and changed files, and the edition of the plan that they are.
 
     A name that was used before is never used again, in no generation: outputs of changed files end
     with the number of the edition.
+
+    Args:
+        is_damaged: a segment of the plan is lost. Units that were planned in it get their names
+            back, unless the manifest names a file of that name that is not theirs.
     """
     new = changed_files(found, current_units(plan))
     if not len(new):
@@ -181,11 +188,17 @@ def _new_units(
         limit = config.limit - (pc.sum(plan["max_rows"]).as_py() or 0)
     units = to_table(plan_units(files_of(new), config.bytes_per_unit, config.text_column, limit))
     require_unique(units)
-    taken = _names_in_use(folder, info.generation, plan)
-    own = _outputs_of(folder, info.generation, units)  # after the loss of a segment of the plan
-    taken = taken.filter(pc.invert(pc.is_in(taken, value_set=own)))
+    listing = _flat(folder.listing()["file"])
+    if is_damaged:
+        named = readable_manifest(folder.output)
+        names = pa.array([entry.name for entry in named.files] if named else [], pa.string())
+        listing = listing.filter(pc.is_in(listing, value_set=names))
+    taken = _names_in_use(folder, info.generation, plan, listing)
+    if is_damaged:
+        own = _outputs_of(folder, info.generation, units)
+        taken = taken.filter(pc.invert(pc.is_in(taken, value_set=own)))
     if not len(plan) and info.generation == 1:
-        _require_no_foreign_files(folder, units, taken)
+        _require_no_foreign_files(folder.output, units, listing, taken)
         return units, edition
     known = pc.is_in(units["path"], value_set=_flat(plan["path"]))
     in_use = pc.is_in(units["output"], value_set=taken)  # a.jsonl of yesterday is a.jsonl.gz today
@@ -213,33 +226,45 @@ def _with_numbers(
     return units.set_column(place, units.schema.field(place), outputs), edition
 
 
-def _names_in_use(folder: RunFolder, generation: int, plan: pa.Table) -> pa.Array:
-    """Output names of all plans and files in the folder.
+def _names_in_use(
+    folder: RunFolder, generation: int, plan: pa.Table, listing: pa.Array
+) -> pa.Array:
+    """Output names of all plans and of files in the folder.
 
     Args:
         plan: of this generation.
+        listing: names of the files.
     """
-    listed = pc.replace_substring_regex(folder.listing()["file"], r"\.(parquet|jsonl)$", "")
     older = pa.array(folder.older_outputs(generation), pa.string())
-    return pa.concat_arrays([_flat(listed), _flat(plan["output"]), older]).unique()
+    return pa.concat_arrays([_stems(listing), _flat(plan["output"]), older]).unique()
+
+
+def _stems(names: pa.Array) -> pa.Array:
+    return pc.replace_substring_regex(names, r"\.(parquet|jsonl)$", "")
 
 
 def _outputs_of(folder: RunFolder, generation: int, units: pa.Table) -> pa.Array:
     """Names of outputs that, by the ledger, were made of one of these units."""
     ledger = folder.read_ledger(generation)
     mine = ledger["output"].filter(pc.is_in(ledger["unit_id"], value_set=_flat(units["id"])))
-    return _flat(pc.replace_substring_regex(mine, r"\.(parquet|jsonl)$", ""))
+    return _stems(_flat(mine))
 
 
 def _flat(column: pa.ChunkedArray) -> pa.Array:
     return column.combine_chunks()
 
 
-def _require_no_foreign_files(folder: RunFolder, units: pa.Table, taken: pa.Array) -> None:
-    there = units["output"].filter(pc.is_in(units["output"], value_set=taken))
+def _require_no_foreign_files(
+    output: str, units: pa.Table, listing: pa.Array, taken: pa.Array
+) -> None:
+    names = _stems(listing)
+    clash = pc.and_(
+        pc.is_in(names, value_set=_flat(units["output"])), pc.is_in(names, value_set=taken)
+    )
+    there = listing.filter(clash)
     if len(there):
         raise ConfigError(
-            f"--output {folder.output} holds {len(there)} files that are not of this run but have "
+            f"--output {output} holds {len(there)} files that are not of this run but have "
             f"its names ({there[0]}): choose another folder or move them away"
         )
 
@@ -253,7 +278,8 @@ def replay_units(folder: RunFolder, generation: int, plan: pa.Table) -> Iterator
     mine = plan.filter(pc.is_in(plan["output"], pa.array(list(letters), pa.string())))
     if not len(mine):
         return
-    taken = set(_names_in_use(folder, generation, plan).to_pylist())
+    listing = _flat(folder.listing()["file"])
+    taken = set(_names_in_use(folder, generation, plan, listing).to_pylist())
     for unit in from_table(mine):
         output = _replay_name(unit, taken)
         taken.add(output)

@@ -293,18 +293,27 @@ class RunFolder:
             ConfigError: It has not. To go on would remove these files.
         """
         manifest = read_manifest(self.output) if strict else readable_manifest(self.output)
-        if manifest is None or manifest.generation != info.generation:
-            return
-        named = pa.array([entry.name for entry in manifest.files], pa.string())
-        files = _with_suffix(plan["output"], info)
-        absent = named.filter(pc.invert(pc.is_in(named, value_set=files)))
+        absent = self._unplanned(info, plan, manifest)
         if len(absent):
+            n_files = len(manifest.files) if manifest is not None else 0
             raise ConfigError(
-                f"{self._folder}/plan lacks {len(absent)} of the {len(named)} files that "
+                f"{self._folder}/plan lacks {len(absent)} of the {n_files} files that "
                 f"_manifest.json names (such as {absent[0]}): a segment of the plan is damaged or "
                 f"gone, and the input does not bring it back. Restore it from a backup, or start "
                 f"anew with --overwrite"
             )
+
+    def is_complete(self, info: RunInfo, plan: pa.Table) -> bool:
+        """Whether a plan has all files that the manifest names, as far as it can be read."""
+        return not len(self._unplanned(info, plan, readable_manifest(self.output)))
+
+    @staticmethod
+    def _unplanned(info: RunInfo, plan: pa.Table, manifest: Manifest | None) -> pa.Array:
+        if manifest is None or manifest.generation != info.generation:
+            return pa.array([], pa.string())
+        named = pa.array([entry.name for entry in manifest.files], pa.string())
+        files = _with_suffix(plan["output"], info)
+        return named.filter(pc.invert(pc.is_in(named, value_set=files)))
 
     def older_outputs(self, generation: int) -> list[str]:
         """Names of outputs that generations before this one planned.

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from erniem_batch import storage
 from erniem_batch.errors import ConfigError, DamagedFile, StorageError
 from erniem_batch.job.config import LANGUAGE_COLUMN, TEXT_FLAGS
-from erniem_batch.job.letters import DEAD_LETTERS, LETTER_SCHEMA
+from erniem_batch.job.letters import DEAD_LETTERS, LETTER_SCHEMA, output_of_letters
 from erniem_batch.job.manifest import MANIFEST, SUCCESS, Entry, Manifest, read_manifest
 from erniem_batch.job.rundir import RunFolder
 from erniem_batch.job.samples import SIZES
@@ -436,7 +436,7 @@ def _to_delete(manifest: Manifest, name: str) -> list[str]:
     stem = name.rpartition(".")[0]
     chosen = []
     if name.startswith(f"{DEAD_LETTERS}/"):
-        chosen, stem = [name], stem[len(DEAD_LETTERS) + 1 :]
+        chosen, stem = [name], output_of_letters(name)
     replay = REPLAY.match(stem)
     stems = [stem]
     if replay:

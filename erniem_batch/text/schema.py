@@ -90,7 +90,10 @@ def _name(name: Any, path: Path) -> str:
     if not isinstance(name, str):
         raise ConfigError(f"{_place(path)}: a name must be a string, got {type(name).__name__}")
     if not name.strip():
-        raise ConfigError(f"{_place(path)}: a name is blank")
+        # Names around it are not told: they may be those of a request.
+        depth = len(path) - 1
+        where = f"{path[0]}, {depth} levels deep" if depth else f"{path[0]}"
+        raise ConfigError(f"{where}: a name is blank")
     return name
 
 

@@ -3,7 +3,7 @@
 The drill puts this file as `sitecustomize.py` beside the package, so that every Python of a run
 imports it: the driver, and the workers of Ray. What it has to do is in an environment variable:
 
-    {"folder": "/work/out", "who": "driver", "at": 17, "record": "/work/effects", "stopped": "…"}
+    {"folder": "out", "who": "driver", "at": 17, "record": "effects", "stopped": "…"}
 
 Without `at` it only writes down the effects, one a line. An effect is a file that is renamed,
 linked or deleted, or a request that writes or deletes an object. Those on `lease.json` are left

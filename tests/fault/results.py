@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import math
-import re
 import threading
 import time
 from collections import Counter
@@ -85,7 +84,7 @@ def read_result(output: str) -> Result:
         for letter in letters:
             for name in OWN_OF_A_RUN:
                 del letter[name]
-        result.letters[_of_no_attempt(entry["name"])] = letters
+        result.letters[entry["name"]] = letters
     result.faults += _stray_files(output, result)
     success = storage.read(f"{output}/{SUCCESS}")
     if success is None:
@@ -96,8 +95,7 @@ def read_result(output: str) -> Result:
 
 
 def _stray_files(output: str, result: Result) -> Iterator[str]:
-    known = {MANIFEST, SUCCESS, *KEPT, *result.digests}
-    known |= {entry["name"] for entry in json.loads(result.manifest)["dead_letters"]}
+    known = {MANIFEST, SUCCESS, *KEPT, *result.digests, *result.letters}
     known |= {f"_run/sidecars/{name}.json" for name in result.digests if name.endswith(".jsonl")}
     for name in sorted(names_in(output)):
         folder, _, last = name.rpartition("/")
@@ -164,7 +162,7 @@ def compare(result: Result, reference: Result, loose: set[str]) -> Difference:
 
 
 def _named(result: Result, loose: set[str]) -> Any:
-    """The manifest, but for what may differ: who has published it, and names of attempts."""
+    """The manifest, but for what may differ: who has published it."""
     if not result.manifest:
         return None
     values = json.loads(result.manifest)
@@ -172,14 +170,7 @@ def _named(result: Result, loose: set[str]) -> Any:
     for entry in values["files"]:
         if entry["name"] in loose:
             del entry["n_bytes"], entry["sha256"]
-    for entry in values["dead_letters"]:
-        entry["name"] = _of_no_attempt(entry["name"])
     return values
-
-
-def _of_no_attempt(name: str) -> str:
-    """The name of a file of dead letters without that of the attempt that wrote it."""
-    return re.sub(r"\.try-[0-9a-f]{8}\.parquet$", ".parquet", name)
 
 
 def _nearly_equal(one: Any, other: Any) -> bool:

@@ -282,8 +282,12 @@ def test_replay(tmp_path, ner_model_dir, workers, kind):
     assert [x["source_row"] for x in _results(tmp_path / "out")[1]] == [5]
 
 
-def test_replay_reads_again_what_could_not_be_reached(tmp_path, ner_model_dir, workers):
+def test_replay_reads_again_what_could_not_be_reached(
+    tmp_path, ner_model_dir, workers, monkeypatch
+):
     """A page that was damaged only for the moment."""
+    # As if the storage had given other bytes: a file that is written again is another file.
+    monkeypatch.setattr(storage, "_local_version", lambda s: f"{s.st_mtime_ns}-{s.st_size}")
     rows = _rows("a", 40)
     path = write_parquet(tmp_path / "in" / "a.parquet", pa.Table.from_pylist(rows), group_rows=10)
     good = path.read_bytes()

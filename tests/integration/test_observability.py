@@ -41,6 +41,7 @@ def names_of(url: str) -> set[str]:
     return set(found)
 
 
+@pytest.mark.slow
 def test_a_running_job_can_be_watched(tmp_path: Path, ner_model_dir: Path) -> None:
     for i in range(N_UNITS):
         rows = [{"text": f"Ada {i} {j} lived in London. " * 40} for j in range(30)]

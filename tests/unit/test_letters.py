@@ -285,3 +285,17 @@ def test_letters_appear_whole_or_not_at_all(tmp_path, monkeypatch):
         bury(tmp_path, unit)
     assert storage.read(str(tmp_path / "out" / letters_name("a"))) == before
     assert len([p for p in (tmp_path / "out").rglob("*") if p.is_file()]) == 1
+
+
+def test_replays_of_which_no_row_can_be_read_have_a_file(tmp_path, job):
+    """Once, its file was empty, so that the unit was never done."""
+    path = write_parquet(tmp_path / "in" / "a.parquet", pa.table({"text": ["a"] * 9}))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:20] + bytes(30) + whole[50:])
+    job(max_dead_letters="9")
+    path.unlink()
+    for _ in range(2):
+        report, _ = job(replay=True, max_dead_letters="9")
+        assert (report.exit_code, report.n_rows, report.n_dead) == (0, 9, 9)
+    (table,) = [pq.read_table(p) for p in (tmp_path / "out").glob("a.replay-1.parquet")]
+    assert (len(table), "text" in table.column_names) == (0, True)

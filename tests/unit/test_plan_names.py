@@ -114,7 +114,7 @@ def test_a_late_plan_of_a_run_before_this_one(tmp_path, job, monkeypatch):
     assert (report.exit_code, report.n_units, names(tmp_path / "out")) == (0, 1, ["a.parquet"])
 
 
-@pytest.mark.parametrize("name", ["a.try-0123abcd", "a.replay-1", "a-00000", "a.2"])
+@pytest.mark.parametrize("name", ["a.rows-0123abcd", "a.replay-1", "a-00000", "a.2"])
 def test_any_name_of_the_program_as_an_input(tmp_path, job, name):
     put(tmp_path, f"{name}.jsonl", "a", KILLER)
     put(tmp_path, "a.jsonl", "b", KILLER)

@@ -234,8 +234,8 @@ def test_a_changed_file_retires_its_replays(tmp_path, job):
     assert (report.exit_code, report.n_rows, report.n_dead) == (0, 2, 1)
     assert texts(tmp_path / "out") == ["b"]
     names = [name for name in data(tmp_path / "out") if name[0] != "_" or "letters" in name]
-    assert [re.sub(r"try-\w{8}", "try", name) for name in sorted(names)] == [
-        "_dead_letters/a.3.try.parquet", "a.3.parquet",
+    assert [re.sub(r"rows-\w{8}", "rows", name) for name in sorted(names)] == [
+        "_dead_letters/a.3.rows.parquet", "a.3.parquet",
     ]  # fmt: skip
 
 

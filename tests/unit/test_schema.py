@@ -59,8 +59,8 @@ def test_trees(value, expected):
         ({"Person": ["City", {"Boss": [1]}]}, r"^schema.Person\[1\].Boss\[0\] must be .* got int$"),
         ({7: "City"}, "^schema: a name must be a string, got int$"),
         ("", "^schema: a name is blank$"),
-        (["Person", " \u3000"], r"^schema\[1\]: a name is blank$"),
-        ({"Person": {"\t": "City"}}, "^schema.Person: a name is blank$"),
+        (["Person", " \u3000"], "^schema, 1 levels deep: a name is blank$"),
+        ({"Person": {"\t": "City"}}, "^schema, 1 levels deep: a name is blank$"),
         ({"Person": {None: "City"}}, "^schema.Person: a name must be a string, got NoneType$"),
     ],
 )

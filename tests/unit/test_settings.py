@@ -48,6 +48,7 @@ FREE = {
     "num_cpus_per_actor": 3,
     "address": "auto",
     "max_dead_letters": "5%",
+    "max_row_bytes": 1 << 20,  # decides which rows are dead letters, not what is found
     "unit_timeout": 5.0,
     "overwrite": True,
     "compare": "yesterday",
