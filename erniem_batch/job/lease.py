@@ -26,7 +26,7 @@ from typing import Self
 
 from erniem_batch import storage
 from erniem_batch.errors import ConfigError, Conflict, JobError, StorageError
-from erniem_batch.job.manifest import Fence, published_generation
+from erniem_batch.job.manifest import TRIES, Fence, published_generation, restless
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ class Lease:
         Raises:
             JobError: it has.
         """
-        while True:
+        for _ in range(TRIES):
             version = storage.version_of(path)
             self.prove()
             # A Conflict is the late write of a run before this one, or we have lost the lease.
@@ -166,6 +166,7 @@ class Lease:
                 else:
                     storage.swap(path, data, version)
                 return
+        raise restless(path)
 
     def remove(self, path: str) -> None:
         """Deletes a control file of the output folder, unless another run has taken over.
@@ -173,9 +174,14 @@ class Lease:
         Raises:
             JobError: it has.
         """
-        while (info := storage.stat(path)) is not None:
+        for _ in range(TRIES):
+            info = storage.stat(path)
+            if info is None:
+                return
             self.prove()
             storage.remove([info])
+        if storage.stat(path) is not None:
+            raise restless(path)
 
     def _require_ours(self) -> None:
         if self._lost.is_set():
@@ -312,7 +318,7 @@ def replace_file(path: str, data: bytes, prove: Callable[[], None]) -> None:
     Args:
         prove: raises an error if another run has taken over.
     """
-    while True:
+    for _ in range(TRIES):
         there = storage.stat(path)
         prove()
         if there is not None:
@@ -321,6 +327,7 @@ def replace_file(path: str, data: bytes, prove: Callable[[], None]) -> None:
             with storage.new_file(path, exclusive=True) as file:
                 file.write(data)
             return
+    raise restless(path)
 
 
 def require_owner(output: str, owner: str) -> None:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from erniem_batch import storage
-from erniem_batch.errors import Conflict, DamagedFile, JobError
+from erniem_batch.errors import Conflict, DamagedFile, JobError, StorageError
 from erniem_batch.job.documents import (
     CHECKSUM,
     damaged,
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "_manifest.json"
 SUCCESS = "_SUCCESS"
 FORMAT = 1
+TRIES = 5  # to replace a file that a run before this one may write late
 FIELDS = {"generation": int, "fingerprint": str, "files": list, "dead_letters": list}
 REMEDY = (
     "delete it and run the same command again, which writes it anew from the data files (a second "
@@ -218,7 +219,7 @@ def publish(output: str, manifest: Manifest, owner: Owner) -> bytes:
     """
     path = storage.join(output, MANIFEST)
     manifest = replace(manifest, lease=owner.fence)
-    while True:
+    for _ in range(TRIES):
         there = storage.read_versioned(path)
         owner.prove()
         if there is not None:
@@ -236,6 +237,15 @@ def publish(output: str, manifest: Manifest, owner: Owner) -> bytes:
             else:
                 storage.swap(path, data, there[1])
             return data
+    raise restless(path)
+
+
+def restless(path: str) -> StorageError:
+    """The error for a file that changes although we are its only owner."""
+    return StorageError(
+        f"{path}: it changed {TRIES} times while it was written: something else writes there, or "
+        f"this storage does not keep the versions of files"
+    )
 
 
 def _sound(data: bytes, path: str) -> Manifest | None:

@@ -290,3 +290,20 @@ def test_a_renewal_whose_answer_was_lost(tmp_path, hold, monkeypatch):
             lease.prove()
     lease.prove()
     lease.check()
+
+
+@pytest.mark.parametrize("write", ["write", "replace_file"])
+def test_a_file_that_never_keeps_still(tmp_path, hold, monkeypatch, write):
+    """A storage without versions would have us try for ever."""
+    lease = hold()
+    path = str(tmp_path / "file")
+    storage.write(path, b"0")
+    prove = lease.prove
+
+    def changed():
+        prove()
+        storage.write(path, time.monotonic_ns().to_bytes(8))
+
+    monkeypatch.setattr(lease, "prove", changed)
+    with pytest.raises(StorageError, match="it changed 5 times while it was written"):
+        getattr(lease, write)(path, b"ours")
