@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import signal
 import time
@@ -31,17 +32,18 @@ def effects_in(record: Path) -> list[str]:
     return record.read_text().splitlines() if record.exists() else []
 
 
-def moment(effects: list[str], number: int) -> int:
-    """Which effect the run of this number stands still before: kinds take turns, and of one kind
-    those at its beginning and its end."""
+def moment(effects: list[str], number: int, seed: str) -> int:
+    """Which effect the run of this number stands still before: kinds take turns in an order of
+    chance, and of one kind those at its beginning and its end."""
     kinds = list(dict.fromkeys(effects))
+    random.Random(seed).shuffle(kinds)
     places = [i for i, effect in enumerate(effects) if effect == kinds[number % len(kinds)]]
     return places[0 if number // len(kinds) % 2 == 0 else -1]
 
 
 def fall_asleep(case: Case, number: int, who: str) -> None:
     """Stops the run before an effect of its driver or actor; the same command takes over."""
-    at = moment(case.setting.effects[who], number)
+    at = moment(case.setting.effects[who], number, f"{who} {Path(case.setting.folder).name}")
     stopped = case.log.with_suffix(".stopped")
     pause = _variable(
         folder=_folder(case.output), who=who, at=at, record=os.devnull, stopped=str(stopped)
