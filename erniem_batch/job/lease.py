@@ -184,6 +184,8 @@ class Lease:
             raise restless(path)
 
     def _require_ours(self) -> None:
+        if self._released:  # by the thread that ends a process whose main thread cannot
+            raise JobError(f"{self.output}: this run is being stopped and writes nothing more")
         if self._lost.is_set():
             raise JobError(
                 f"another run has taken over {self.output}, because this one gave no sign of life "

@@ -307,3 +307,13 @@ def test_a_file_that_never_keeps_still(tmp_path, hold, monkeypatch, write):
     monkeypatch.setattr(lease, "prove", changed)
     with pytest.raises(StorageError, match="it changed 5 times while it was written"):
         getattr(lease, write)(path, b"ours")
+
+
+def test_who_has_released_the_lease_writes_nothing_more(tmp_path, hold):
+    """The next run may be at work, and takes us for one that has ended."""
+    lease = hold()
+    lease.release(STOPPED)
+    for effect in (lease.check, lease.prove, lambda: lease.write(f"{tmp_path}/file", b"late")):
+        with pytest.raises(JobError, match="this run is being stopped and writes nothing more"):
+            effect()
+    assert not (tmp_path / "file").exists()
