@@ -5,7 +5,6 @@ import os
 import random
 import re
 import signal
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -104,14 +103,14 @@ def _variable(**values: object) -> dict[str, str]:
     return {VARIABLE: json.dumps(values)}
 
 
-def record_effects(setting: Setting, case: Case) -> None:
-    """Two more undisturbed runs, whose effects are written down."""
+def record_effects(setting: Setting, log: Path) -> list[str]:
+    """Two more undisturbed runs, whose effects are written down; gives what went wrong."""
+    problems = []
     for who in ("driver", "actor"):
-        record = case.log.with_suffix(f".{who}.effects")
-        again = Case(setting, f"{setting.folder}/record-{who}", case.log, f"record {who}")
-        started = time.monotonic()
-        again.ends(again.start(recorded(again.output, who, record)), 0)
-        again.clear(again.runs[-1])
+        record = log.with_suffix(f".{who}.effects")
+        case = Case(setting, f"{setting.folder}/record-{who}", log, f"record {who}")
+        case.ends(case.start(recorded(case.output, who, record)), 0)
+        case.clear(case.runs[-1])
         setting.effects[who] = effects_in(record)
-        if not setting.effects[who]:
-            case.problems.append(f"no effects of the {who} in {time.monotonic() - started:.0f} s")
+        problems += case.problems
+    return problems

@@ -107,13 +107,12 @@ class Drill:
         """A setting whose runs can be stopped before each of their effects."""
         if not setting.effects:
             quick = replace(setting, code=self._quick, effects=setting.effects)
-            case = Case(quick, f"{setting.folder}/reference", self._logs / "record", "record")
-            with ExitStack() as stack:
-                stack.callback(lambda: _remove(f"{setting.folder}/record-driver"))
-                stack.callback(lambda: _remove(f"{setting.folder}/record-actor"))
-                record_effects(quick, case)
-            if case.problems:
-                raise Wrong("; ".join(case.problems))
+            log = self._logs / f"record-{Path(setting.folder).name}"
+            problems = record_effects(quick, log)
+            for name in ("driver", "actor"):
+                _remove(f"{setting.folder}/record-{name}")
+            if problems:
+                raise Wrong("; ".join(problems))
         quick = replace(setting, code=self._quick)
         return quick, lambda case, number: fall_asleep(case, number, who)
 
