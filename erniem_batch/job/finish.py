@@ -67,8 +67,9 @@ def _superseded(
         outputs += plan["output"].to_pylist()
     old = {f"{output}.{suffix}" for output in outputs for suffix in ("parquet", "jsonl")}
     old = (old | (before.names if before else set())) - names
-    yield from _listed(folder.output, folder.listing(), old)
-    yield from _below(folder.output, SIDECARS, lambda name: name.removesuffix(".json") in old)
+    if old:  # else a listing of all results is saved
+        yield from _listed(folder.output, folder.listing(), old)
+        yield from _below(folder.output, SIDECARS, lambda name: name.removesuffix(".json") in old)
     yield from _below(
         folder.output,
         DEAD_LETTERS,
@@ -79,8 +80,6 @@ def _superseded(
 
 def _listed(output: str, listing: pa.Table, wanted: set[str]) -> Iterator[FileInfo]:
     """Files of a listing that have one of these names."""
-    if not wanted:
-        return
     mask = pc.is_in(listing["file"], value_set=pa.array(list(wanted), pa.string()))
     for row in listing.filter(mask).to_pylist():
         yield FileInfo(storage.join(output, row["file"]), row["size"], row["version"])

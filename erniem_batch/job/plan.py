@@ -142,8 +142,7 @@ def plan_run(
         if found is None:
             units = to_table(replay_units(folder, info.generation, plan))
         else:
-            is_damaged = bool(lost) or not folder.is_complete(info, plan)
-            units, edition = _new_units(folder, config, info, found, plan, edition, is_damaged)
+            units, edition = _new_units(folder, config, info, found, plan, edition, bool(lost))
         whole = pa.concat_tables([plan, with_edition(units, edition)])
         folder.require_known(info, whole, strict=bool(lost))
         if lease is not None:
@@ -167,7 +166,7 @@ def _new_units(
     found: pa.Table,
     plan: pa.Table,
     edition: int,
-    is_damaged: bool,
+    has_lost: bool,
 ) -> tuple[pa.Table, int]:
     """Units of new and changed files, and the edition of the plan that they are.
 
@@ -175,8 +174,9 @@ def _new_units(
     with the number of the edition.
 
     Args:
-        is_damaged: a segment of the plan is lost. Units that were planned in it get their names
-            back, unless the manifest names a file of that name that is not theirs.
+        has_lost: whether a segment of the plan is known to be lost. Units that were planned in a
+            lost one get their names back, unless the manifest names a file of that name that is
+            not theirs.
     """
     new = changed_files(found, current_units(plan))
     if not len(new):
@@ -189,6 +189,7 @@ def _new_units(
     units = to_table(plan_units(files_of(new), config.bytes_per_unit, config.text_column, limit))
     require_unique(units)
     listing = _flat(folder.listing()["file"])
+    is_damaged = has_lost or not folder.is_complete(info, plan)
     if is_damaged:
         named = readable_manifest(folder.output)
         names = pa.array([entry.name for entry in named.files] if named else [], pa.string())
