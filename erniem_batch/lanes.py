@@ -1,8 +1,10 @@
 """Threads on which forward passes run: several side by side on a CPU, one at a time on a GPU."""
 
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from threading import Lock, local
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -33,6 +35,10 @@ class Lanes:
         # are no more of them than cores: so a pass on all lanes always has the same caller.
         self._wide = ThreadPoolExecutor(1, "forward")
         self._narrow = ThreadPoolExecutor(self.n_lanes, "forward-lane")
+        self._lock = Lock()
+        self._n_interruptible = 0
+        self._interrupting: deque[Callable[[], None]] = deque()
+        self._of_thread = local()
 
     def submit(
         self, width: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
@@ -45,10 +51,59 @@ class Lanes:
         pool = self._wide if width == self.n_lanes else self._narrow
         return pool.submit(self._run, width, partial(function, *args, **kwargs))
 
+    def submit_interruptible(
+        self, width: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> Future[T]:
+        """Runs a function that calls `between_steps`, where others may interrupt it."""
+        with self._lock:
+            self._n_interruptible += 1
+        return self.submit(width, self._run_interruptible, partial(function, *args, **kwargs))
+
+    def interrupt(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Runs a function between two steps of an interruptible one, or else on a free lane."""
+        future: Future[T] = Future()
+        work = partial(_settle, future, partial(function, *args, **kwargs))
+        with self._lock:
+            if self._n_interruptible:
+                self._interrupting.append(work)
+                return future
+        self.submit(1, work)
+        return future
+
+    def between_steps(self) -> None:
+        """Runs one function that interrupts, if one waits and this thread may be interrupted."""
+        if not self._interrupting or not getattr(self._of_thread, "may_be_interrupted", False):
+            return
+        self._of_thread.may_be_interrupted = False
+        try:
+            self._run_interrupting()
+        finally:
+            self._of_thread.may_be_interrupted = True
+
     def close(self) -> None:
         """Ends the threads when what was submitted is done."""
         self._wide.shutdown()
         self._narrow.shutdown()
+
+    def _run_interruptible(self, function: Callable[[], T]) -> T:
+        self._of_thread.may_be_interrupted = True
+        try:
+            return function()
+        finally:
+            self._of_thread.may_be_interrupted = False
+            with self._lock:
+                self._n_interruptible -= 1
+                is_last = not self._n_interruptible
+            while is_last and self._run_interrupting():
+                pass
+
+    def _run_interrupting(self) -> bool:
+        """Whether there was a function that waited to interrupt."""
+        with self._lock:
+            work = self._interrupting.popleft() if self._interrupting else None
+        if work is not None:
+            work()
+        return work is not None
 
     def _run(self, width: int, function: Callable[[], T]) -> T:
         if self.n_threads is not None:
@@ -56,6 +111,18 @@ class Lanes:
             if torch.get_num_threads() != n_threads:  # of this thread, not of the process
                 torch.set_num_threads(n_threads)
         return function()
+
+
+def _settle(future: Future[T], function: Callable[[], T]) -> None:
+    """Runs a function for a future, as an executor does."""
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = function()
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(result)
 
 
 def lanes_of(n_threads: int | None, device_type: str) -> Lanes:

@@ -270,13 +270,19 @@ class Predictor:
         """
         return self._forward_all(windows, side_by_side=True)
 
-    def begin_forward(self, windows: Sequence[Window], width: int) -> Future[list[Rows]]:
+    def begin_forward(
+        self, windows: Sequence[Window], width: int, *, interruptible: bool = False
+    ) -> Future[list[Rows]]:
         """`forward` for those who must not wait, such as event loops; one batch at a time.
 
         Args:
-            width: how many lanes' threads it gets, see `Lanes`.
+            width: how many lanes' threads it gets, see `Lanes`; 0: it interrupts another pass.
+            interruptible: whether others may interrupt it between two steps of the encoder.
         """
-        return self._lanes.submit(width, self._forward_all, windows)
+        if not width:
+            return self._lanes.interrupt(self._forward_all, windows)
+        submit = self._lanes.submit_interruptible if interruptible else self._lanes.submit
+        return submit(width, self._forward_all, windows)
 
     def decode(
         self, encoded: Encoded, outputs: Sequence[FloatArray | Failure]
@@ -431,7 +437,13 @@ class Predictor:
             texts = [self._padded(ids) for ids in texts]
             if self.task.padding_position_zero:
                 positions = [self._positions(ids) for ids in texts]
-        batch = pack(texts, self.model.config, self.device, positions)
+        batch = pack(
+            texts,
+            self.model.config,
+            self.device,
+            positions,
+            between_steps=self._lanes.between_steps,
+        )
         scores: FloatArray = self.model.rows(batch).float().cpu().numpy()
         with self._counting:
             self.counters.padded_tokens += sum(batch.lengths)

@@ -9,7 +9,7 @@ Shapes: T tokens of N texts, L of the longest, D hidden width, H heads, K head w
 ask: all tokens, or the first of each text.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -72,6 +72,7 @@ class Packed:
         firsts_N: where each text begins.
         lengths: of the texts.
         grid: for attention in one call; None: group by group.
+        between_steps: called before attention and before the rest of each layer.
     """
 
     ids_T: Tensor
@@ -80,6 +81,11 @@ class Packed:
     lengths: list[int]
     groups: Sequence[_Group]
     grid: _Grid | None
+    between_steps: Callable[[], None]
+
+
+def _nothing() -> None:
+    """Has nothing to do between steps."""
 
 
 def pack(
@@ -89,12 +95,14 @@ def pack(
     positions: Sequence[np.ndarray] | None = None,
     *,
     one_call: bool | None = None,
+    between_steps: Callable[[], None] = _nothing,
 ) -> Packed:
     """A batch from texts as token ids, int64, at least one token each.
 
     Args:
         positions: of their tokens; None: counted from 0.
         one_call: of attention for all texts; None: on a GPU.
+        between_steps: see `Packed`; on a CPU, the thread may do something else there.
     """
     lengths = [len(ids) for ids in texts]
     ids_T = np.concatenate(texts)
@@ -109,6 +117,7 @@ def pack(
         lengths,
         [] if in_one else list(_groups(lengths, hidden_T, device)),
         _grid(lengths, firsts_N, hidden_T, device) if in_one else None,
+        between_steps,
     )
 
 
@@ -176,6 +185,7 @@ def _layer(
     steps: Steps,
     wanted_N: Tensor | None,
 ) -> Tensor:
+    batch.between_steps()
     attention = layer.self_attn.self_attn
     given_TD = steps.given(hidden_TD)
     asking_SD, given_SD = hidden_TD, given_TD
@@ -193,6 +203,7 @@ def _layer(
     mixed_SD = steps.given(mixed_SHK.flatten(1), overwrite=True)
     attended_SD = steps.project("added", layer.self_attn.out_proj, mixed_SD)
     hidden_SD = layer.norm1(attended_SD.add_(asking_SD))
+    batch.between_steps()
     projected = steps.project("inner", layer.linear1, steps.given(hidden_SD))
     inner = steps.given(activate_(layer.activation, projected), overwrite=True)
     normed: Tensor = layer.norm2(steps.project("added", layer.linear2, inner).add_(hidden_SD))

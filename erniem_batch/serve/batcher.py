@@ -4,7 +4,8 @@ While the device is busy, what arrives waits; when a pass ends, the next batch i
 waits. So a lonely request never waits for company, and a busy server fills its batches by itself.
 Requests take turns: each adds at most so many tokens to a batch before the next one does. Short and
 long requests also take turns, a batch each, and batches of long ones are small while short ones
-come: so a short request waits for a short pass, never for all of a long request.
+come. On a CPU a pass of short requests interrupts one of long requests between two steps of the
+encoder. So a short request waits for part of a layer, never for all of a long request.
 """
 
 import asyncio
@@ -111,50 +112,103 @@ class _Waiting(Generic[Item, Result]):
     since: float
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """The right to run one pass, from `Device.take` to `Device.give`.
+
+    Attributes:
+        n_lanes: lanes that the pass has; 0: it interrupts a pass of long requests.
+        is_long: the pass is one of long requests, and may be interrupted.
+    """
+
+    n_lanes: int
+    is_long: bool
+
+
 class Device:
-    """Where passes run; batchers that share it take turns.
+    """Where passes run; batchers that share it take turns, short requests and long ones in turn.
 
     Args:
         n_lanes: passes that may run side by side. One that would be alone gets more lanes at once.
+        interruptible: whether short passes may interrupt long ones, one at a time each.
+
+    Attributes:
+        last_short: when a short request came last, for any of the batchers (monotonic seconds).
     """
 
-    def __init__(self, n_lanes: int = 1) -> None:
+    def __init__(self, n_lanes: int = 1, *, interruptible: bool = False) -> None:
         self.n_lanes = n_lanes
+        self.last_short = -math.inf
+        self._interruptible = interruptible
         self._n_free = n_lanes
-        self._turns: deque[asyncio.Future[None]] = deque()
+        self._n_long = 0
+        self._n_interrupting = 0
+        self._long_was_last = False
+        self._waiting: dict[bool, deque[asyncio.Future[Turn]]] = {False: deque(), True: deque()}
 
     @property
     def n_free(self) -> int:
         """Lanes that nobody holds."""
         return self._n_free
 
-    async def take(self) -> None:
-        """Returns when a lane is one's own; first come, first served."""
-        if self._n_free and not self._turns:
-            self._n_free -= 1
-            return
-        turn = asyncio.get_running_loop().create_future()
-        self._turns.append(turn)
+    async def take(self, *, is_long: bool = False) -> Turn:
+        """Waits for a turn; first come, first served among requests of one kind."""
+        future: asyncio.Future[Turn] = asyncio.get_running_loop().create_future()
+        self._waiting[is_long].append(future)
+        self._pass_on()
         try:
-            await turn  # whoever ends a turn passes the lane on
+            return await future
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self.give(1)
+            if future.done() and not future.cancelled():
+                self.give(future.result())
             raise
 
-    def take_rest(self) -> int:
-        """The lanes that nobody else wants, now one's own too."""
-        n, self._n_free = self._n_free, 0
-        return n
+    def widen(self, turn: Turn) -> Turn:
+        """Adds the lanes that nobody else wants to a turn."""
+        if not turn.n_lanes:
+            return turn
+        n_free, self._n_free = self._n_free, 0
+        return Turn(turn.n_lanes + n_free, turn.is_long)
 
-    def give(self, n: int) -> None:
-        """Lanes that are needed no more."""
-        self._n_free += n
-        while self._n_free and self._turns:
-            turn = self._turns.popleft()
-            if not turn.done():
-                self._n_free -= 1
-                turn.set_result(None)
+    def give(self, turn: Turn) -> None:
+        """Ends a turn."""
+        self._n_free += turn.n_lanes
+        self._n_long -= turn.is_long
+        self._n_interrupting -= not turn.n_lanes
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Gives turns to those who wait, as many as there are."""
+        while any(self._give_turn(is_long) for is_long in self._in_turn()):
+            pass
+
+    def _in_turn(self) -> tuple[bool, bool]:
+        return (not self._long_was_last, self._long_was_last)
+
+    def _give_turn(self, is_long: bool) -> bool:
+        """Whether one of this kind got a turn."""
+        waiting = self._waiting[is_long]
+        while waiting and waiting[0].done():  # given up
+            waiting.popleft()
+        may_interrupt = not is_long and self._interruptible and self._n_interrupting < self._n_long
+        if not waiting or not (self._n_free or may_interrupt):
+            return False
+        turn = Turn(min(1, self._n_free), is_long)
+        self._n_free -= turn.n_lanes
+        self._n_long += is_long
+        self._n_interrupting += not turn.n_lanes
+        self._long_was_last = is_long
+        waiting.popleft().set_result(turn)
+        return True
+
+
+@dataclass(slots=True, eq=False)
+class _Queue(Generic[Item, Result]):
+    """Requests that wait, all short or all long."""
+
+    is_long: bool
+    requests: deque[_Request[Item, Result]] = field(default_factory=deque)
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 @dataclass(eq=False)
@@ -162,8 +216,8 @@ class Batcher(Generic[Item, Result]):
     """Batches within a budget of tokens, made of the requests in turn.
 
     Attributes:
-        forward: computes a batch on so many lanes: one result for each item, in order. It must
-            leave the event loop free. If it raises, the requests of that batch fail, and no others.
+        forward: computes a batch in a turn: one result for each item, in order. It must leave the
+            event loop free. If it raises, the requests of that batch fail, and no others.
         length: tokens of an item, as the model computes it.
         padding: how many of them are padding.
         max_batch_tokens: of a batch; an item above it goes alone.
@@ -180,7 +234,7 @@ class Batcher(Generic[Item, Result]):
             rows = (await batcher.submit(windows)).results
     """
 
-    forward: Callable[[list[Item], int], Awaitable[Sequence[Result]]]
+    forward: Callable[[list[Item], Turn], Awaitable[Sequence[Result]]]
     length: Callable[[Item], int]
     max_batch_tokens: int
     max_queue_tokens: int
@@ -189,19 +243,19 @@ class Batcher(Generic[Item, Result]):
     turn_tokens: int = TURN_TOKENS
     on_batch: Callable[[BatchReport], None] = lambda report: None
     device: Device = field(default_factory=Device)
-    _short: deque[_Request[Item, Result]] = field(default_factory=deque, init=False)
-    _long: deque[_Request[Item, Result]] = field(default_factory=deque, init=False)
-    _long_was_last: bool = field(default=True, init=False)
-    _last_short: float = field(default=-math.inf, init=False)
+    _short: _Queue[Item, Result] = field(default_factory=lambda: _Queue(False), init=False)
+    _long: _Queue[Item, Result] = field(default_factory=lambda: _Queue(True), init=False)
     _n_tokens: Counter[str] = field(default_factory=Counter, init=False)
-    _arrived: asyncio.Event = field(default_factory=asyncio.Event, init=False)
     _closing: bool = field(default=False, init=False)
-    _worker: asyncio.Task[None] | None = field(default=None, init=False)
+    _workers: list[asyncio.Task[None]] = field(default_factory=list, init=False)
     _tokens_per_s: float | None = field(default=None, init=False)
     _passes: dict[asyncio.Task[None], float] = field(default_factory=dict, init=False)
 
     async def __aenter__(self) -> Self:
-        self._worker = asyncio.create_task(self._work(), name="batcher")
+        self._workers = [
+            asyncio.create_task(self._work(queue), name="batcher")
+            for queue in (self._short, self._long)
+        ]
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -210,7 +264,7 @@ class Batcher(Generic[Item, Result]):
     @property
     def is_alive(self) -> bool:
         """Whether batches are still being made; if not, the service is to be replaced."""
-        return self._worker is not None and not self._worker.done()
+        return bool(self._workers) and not any(worker.done() for worker in self._workers)
 
     @property
     def n_waiting_tokens(self) -> int:
@@ -219,7 +273,7 @@ class Batcher(Generic[Item, Result]):
 
     @property
     def _waits(self) -> bool:
-        return bool(self._short or self._long)
+        return bool(self._short.requests or self._long.requests)
 
     @property
     def busy_for(self) -> float:
@@ -251,13 +305,12 @@ class Batcher(Generic[Item, Result]):
         now = time.monotonic()
         for place, (item, length) in enumerate(zip(items, lengths, strict=True)):
             request.waiting.append(_Waiting(item, length, request, place, now))
-        if is_long:
-            self._long.append(request)
-        else:
-            self._short.append(request)
-            self._last_short = now
+        queue = self._long if is_long else self._short
+        queue.requests.append(request)
+        if not is_long:
+            self.device.last_short = now
         self._count(request, sum(lengths))
-        self._arrived.set()
+        queue.arrived.set()
         try:
             return await future
         except asyncio.CancelledError:  # of the caller, which cancels the future too
@@ -267,9 +320,9 @@ class Batcher(Generic[Item, Result]):
     async def close(self) -> None:
         """Takes nothing new, and ends when all that was accepted is answered."""
         self._closing = True
-        self._arrived.set()
-        if self._worker is not None:
-            await self._worker
+        for queue in (self._short, self._long):
+            queue.arrived.set()
+        await asyncio.gather(*self._workers)
 
     def _require_room(self, kind: str, n_tokens: int) -> None:
         """Raises a QueueFullError if so many tokens of a kind would be too many."""
@@ -282,41 +335,39 @@ class Batcher(Generic[Item, Result]):
         request.n_tokens += n_tokens
         self._n_tokens[request.kind] += n_tokens
 
-    # ---- the worker ---------------------------------------------------------------------------
+    # ---- the workers: one for short requests, one for long ones --------------------------------
 
-    async def _work(self) -> None:
-        while await self._something_waits():
+    async def _work(self, queue: _Queue[Item, Result]) -> None:
+        while await self._something_waits(queue):
             # The batch is made when it can run: until then more of its kind arrive.
-            await self.device.take()
-            if not self._waits:  # who asked has gone
-                self.device.give(1)
+            turn = await self.device.take(is_long=queue.is_long)
+            if not queue.requests:  # who asked has gone
+                self.device.give(turn)
                 continue
-            batch = self._next_batch()
-            n_lanes = 1 if self._waits else 1 + self.device.take_rest()
-            running = asyncio.create_task(self._run(batch, n_lanes), name="pass")
+            batch = self._take(queue.requests, self._budget(turn))
+            if not self._waits:
+                turn = self.device.widen(turn)
+            running = asyncio.create_task(self._run(batch, turn), name="pass")
             self._passes[running] = time.monotonic()
             running.add_done_callback(self._passes.pop)
         await asyncio.gather(*self._passes)
 
-    async def _something_waits(self) -> bool:
+    async def _something_waits(self, queue: _Queue[Item, Result]) -> bool:
         """Returns when there is something to do; False: there never will be."""
-        while not self._waits:
+        while not queue.requests:
             if self._closing:
                 return False
-            self._arrived.clear()
-            await self._arrived.wait()
+            queue.arrived.clear()
+            await queue.arrived.wait()
         return True
 
-    def _next_batch(self) -> list[_Waiting[Item, Result]]:
-        """Items of short requests or of long ones, in turn."""
+    def _budget(self, turn: Turn) -> int:
+        """Tokens of the next batch."""
         share = math.ceil(self.n_waiting_tokens / (1 + self.device.n_free))
         budget = min(self.max_batch_tokens, max(share, self.lane_tokens))
-        self._long_was_last = not self._short or bool(self._long and not self._long_was_last)
-        if not self._long_was_last:
-            return self._take(self._short, budget)
-        if time.monotonic() - self._last_short < COMPANY_S:
-            budget = min(budget, max(self.lane_tokens, self.max_batch_tokens // BESIDE_SHORT))
-        return self._take(self._long, budget)
+        if turn.is_long and time.monotonic() - self.device.last_short < COMPANY_S:
+            return min(budget, max(self.lane_tokens, self.max_batch_tokens // BESIDE_SHORT))
+        return budget
 
     def _take(
         self, turns: deque[_Request[Item, Result]], left: int
@@ -351,10 +402,10 @@ class Batcher(Generic[Item, Result]):
         self._count(request, -n_tokens)
         return some
 
-    async def _run(self, batch: list[_Waiting[Item, Result]], n_lanes: int) -> None:
+    async def _run(self, batch: list[_Waiting[Item, Result]], turn: Turn) -> None:
         started = time.monotonic()
         try:
-            results = await self.forward([entry.item for entry in batch], n_lanes)
+            results = await self.forward([entry.item for entry in batch], turn)
             if len(results) != len(batch):
                 raise RuntimeError(f"{len(results)} results for a batch of {len(batch)}")
         except Exception as error:
@@ -364,9 +415,9 @@ class Batcher(Generic[Item, Result]):
             self._forget_finished()
             return
         finally:
-            self.device.give(n_lanes)
+            self.device.give(turn)
         seconds = max(time.monotonic() - started, 1e-6)
-        self._account(batch, started, seconds, n_lanes)
+        self._account(batch, started, seconds, max(1, turn.n_lanes))
         for request in {id(entry.request): entry.request for entry in batch}.values():
             request.computed += seconds
         for entry, result in zip(batch, results, strict=True):
@@ -396,11 +447,13 @@ class Batcher(Generic[Item, Result]):
 
     def _forget_finished(self) -> None:
         """Items of requests that failed or were given up need no pass."""
-        for request in [*self._short, *self._long]:
-            if request.is_over:
-                self._count(request, -request.n_tokens)
-        self._short = deque(request for request in self._short if not request.is_over)
-        self._long = deque(request for request in self._long if not request.is_over)
+        for queue in (self._short, self._long):
+            for request in queue.requests:
+                if request.is_over:
+                    self._count(request, -request.n_tokens)
+            rest = [request for request in queue.requests if not request.is_over]
+            queue.requests.clear()
+            queue.requests.extend(rest)
 
     def _seconds_for(self, n_tokens: int) -> float:
         """How long so many tokens will take, by what was seen."""

@@ -36,6 +36,7 @@ from erniem_batch.serve.batcher import (
     ClosedError,
     Device,
     QueueFullError,
+    Turn,
 )
 from erniem_batch.serve.config import ModelConfig
 from erniem_batch.serve.models import load_predictors, model_folders
@@ -175,7 +176,9 @@ class Engine:
         Raises:
             EngineError: the model gives no answer.
         """
-        device = Device(next(iter(self.predictors.values())).n_lanes)
+        some = next(iter(self.predictors.values()))
+        # A GPU has been given all steps of a pass before it has computed the first.
+        device = Device(some.n_lanes, interruptible=some.device.type == "cpu")
         for task, predictor in self.predictors.items():
             batcher = Batcher(
                 self._forward(predictor),
@@ -319,10 +322,11 @@ class Engine:
     def _report(self, task: str, report: BatchReport) -> None:
         self.on_batch(task, report, self._batchers[task].n_waiting_tokens)
 
-    def _forward(self, predictor: Predictor) -> Callable[[list[Window], int], Any]:
-        async def forward(windows: list[Window], n_lanes: int) -> list[Rows]:
+    def _forward(self, predictor: Predictor) -> Callable[[list[Window], Turn], Any]:
+        async def forward(windows: list[Window], turn: Turn) -> list[Rows]:
+            begun = predictor.begin_forward(windows, turn.n_lanes, interruptible=turn.is_long)
             try:
-                return await asyncio.wrap_future(predictor.begin_forward(windows, n_lanes))
+                return await asyncio.wrap_future(begun)
             except DeviceError as error:
                 # The next health check says so, and the process is replaced.
                 self._broken = str(error)

@@ -4,7 +4,7 @@ import unicodedata
 
 # So many characters are normalised at a time: no other thread runs meanwhile, and characters that
 # combine are sorted in quadratic time.
-_PIECE = 1024
+_PIECE = 256
 
 
 def normal_length(text: str, most: int) -> int:

@@ -21,7 +21,7 @@ import pytest
 from serving import served
 
 from erniem_batch.serve.api import make_api
-from erniem_batch.serve.batcher import Device
+from erniem_batch.serve.batcher import Device, Turn
 from erniem_batch.serve.config import AppConfig, ModelConfig
 from erniem_batch.serve.engine import Engine
 from erniem_batch.serve.tokens import new_token
@@ -59,18 +59,18 @@ class Service:
     def busy(self, model: str, task: str) -> Iterator[None]:
         """The device is taken, and a request waits: with a short queue, the next is refused."""
         batcher = self.engines[model]._batchers[task]
-        loop = batcher._worker.get_loop()
+        loop = batcher._workers[0].get_loop()
 
         def do(work: Any) -> "Future[Any]":
             return asyncio.run_coroutine_threadsafe(work, loop)
 
-        n_lanes = do(_taken(batcher.device)).result(10)
+        turn = do(_taken(batcher.device)).result(10)
         waiting = do(_ask(self, model, task))
         try:
             do(_until(lambda: batcher.n_waiting_tokens > 0)).result(10)
             yield
         finally:
-            do(_given(batcher.device, n_lanes)).result(10)
+            do(_given(batcher.device, turn)).result(10)
             waiting.result(10)
 
 
@@ -86,13 +86,12 @@ async def _until(is_so: Any) -> None:
         await asyncio.sleep(0.01)
 
 
-async def _taken(device: Device) -> int:
-    await device.take()
-    return 1 + device.take_rest()
+async def _taken(device: Device) -> Turn:
+    return device.widen(await device.take())
 
 
-async def _given(device: Device, n_lanes: int) -> None:
-    device.give(n_lanes)
+async def _given(device: Device, turn: Turn) -> None:
+    device.give(turn)
 
 
 @pytest.fixture(scope="module")

@@ -33,14 +33,13 @@ from fakes import Kept, Killed, UnitsHere, save_tiny_ner_model, write_jsonl
 from erniem_batch import ErnieMTokenizer, cli
 from erniem_batch.errors import ErnieMBatchError
 from erniem_batch.evaluate import read as evaluate_read
-from erniem_batch.job import actor, charts, details, manifest, run, verify
+from erniem_batch.job import actor, charts, details, lease, manifest, run, status, verify
 from erniem_batch.job.attempts import Attempt
 from erniem_batch.predictor import Predictor
 from erniem_batch.serve import parity
 
 FORMATS = ("parquet", "jsonl")
-# The lease has tests of its own.
-LEFT_OUT = ("lease.json", ".lease.json.lock")
+LEFT_OUT = (".lease.json.lock",)
 FOREIGN = (
     "_run/plan/notes.parquet",
     "_run/plan/001-00077.parquet",
@@ -94,6 +93,9 @@ def tagging_here() -> Iterator[UnitsHere]:
     replaced: list[tuple[Any, str, Any]] = [
         (run, "connect", lambda config: False),
         (run, "tag_units", here),
+        (lease, "BEAT_S", 0.02),
+        (lease, "STALE_S", 0.1),
+        (status, "BEAT_S", 0.02),
         (actor, "model_digest", cache(actor.model_digest)),
         (run, "model_digest", cache(run.model_digest)),
         *((charts, name, _blank(name)) for name in CHARTS),

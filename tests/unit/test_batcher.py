@@ -14,6 +14,7 @@ from erniem_batch.serve.batcher import (
     ClosedError,
     Device,
     QueueFullError,
+    Turn,
 )
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=30)
@@ -30,13 +31,14 @@ class Engine:
         self.free.set()
         self.n_running = 0
 
-    async def __call__(self, items: list[int], width: int) -> list[int]:
+    async def __call__(self, items: list[int], turn: Turn) -> list[int]:
+        width = turn.n_lanes
         assert width >= 1
         self.n_running += width
         assert self.n_running <= self.n_lanes, "no more than fit"
         self.batches.append(items)
         self.widths.append(width)
-        await asyncio.sleep(0)
+        await ticks(3)  # who asks has time to wait for a turn
         await self.free.wait()
         self.n_running -= width
         if 13 in items:
@@ -294,10 +296,10 @@ def test_batchers_take_turns_on_their_device():
 def test_who_gives_up_its_turn_keeps_no_lane():
     async def test() -> None:
         device = Device(1)
-        await device.take()
+        turn = await device.take()
         waiting = asyncio.create_task(device.take())
         await ticks()
-        device.give(1)
+        device.give(turn)
         waiting.cancel()  # its turn has come, and it does not know yet
         with pytest.raises(asyncio.CancelledError):
             await waiting
@@ -420,5 +422,84 @@ def test_follow_ups_take_no_room_from_others_and_have_a_limit_of_their_own():
             assert (await more).results == [100]
             await running
         assert batcher.n_waiting_tokens == 0
+
+    run(test)
+
+
+# ---- interruptions ------------------------------------------------------------------------------
+
+
+class InterruptibleEngine(Engine):
+    """Long passes stand still until `free` is set; others end at once."""
+
+    async def __call__(self, items: list[int], turn: Turn) -> list[int]:
+        self.batches.append(items)
+        self.widths.append(turn.n_lanes)
+        await ticks(2)
+        if turn.is_long:
+            await self.free.wait()
+        return [2 * item for item in items]
+
+
+def test_short_passes_interrupt_a_long_one():
+    async def test() -> None:
+        engine, device = InterruptibleEngine(), Device(1, interruptible=True)
+        long_task = batcher_of(engine, max_batch=512, device=device)
+        short_task = batcher_of(engine, device=device)
+        async with long_task, short_task:
+            engine.free.clear()
+            long = asyncio.create_task(long_task.submit([500] * 3))
+            await ticks()
+            for i in range(20):  # one after the other, of both tasks
+                batcher = (long_task, short_task)[i % 2]
+                answer = await asyncio.wait_for(batcher.submit([i + 20]), timeout=5)
+                assert answer.results == [2 * (i + 20)]
+            assert not long.done()
+            assert engine.widths == [1] + [0] * 20
+            engine.free.set()
+            assert (await long).results == [1000] * 3
+        assert device.n_free == 1
+
+    run(test)
+
+
+def test_one_pass_at_a_time_interrupts_another():
+    """What comes meanwhile waits, and shares the next pass."""
+
+    async def test() -> None:
+        engine, device = InterruptibleEngine(), Device(1, interruptible=True)
+        async with batcher_of(engine, max_batch=512, device=device) as batcher:
+            engine.free.clear()
+            long = asyncio.create_task(batcher.submit([500] * 2))
+            await ticks()
+            short = [asyncio.create_task(batcher.submit([i])) for i in range(1, 9)]
+            await asyncio.gather(*short)
+            assert engine.batches == [[500], [1], [2, 3, 4, 5, 6, 7, 8]] or engine.batches == [
+                [500], list(range(1, 9)),
+            ]  # fmt: skip
+            engine.free.set()
+            await long
+
+    run(test)
+
+
+def test_a_turn_that_was_given_up_interrupts_nobody():
+    async def test() -> None:
+        device = Device(1, interruptible=True)
+        long = await device.take(is_long=True)
+        interrupting = await device.take()
+        assert interrupting == Turn(0, is_long=False)
+        assert device.widen(interrupting) == interrupting
+        waiting = asyncio.create_task(device.take())
+        await ticks()
+        assert not waiting.done()
+        device.give(interrupting)
+        waiting.cancel()  # its turn has come, and it does not know yet
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert await asyncio.wait_for(device.take(), timeout=1) == interrupting
+        device.give(interrupting)
+        device.give(long)
+        assert await asyncio.wait_for(device.take(), timeout=1) == Turn(1, is_long=False)
 
     run(test)
