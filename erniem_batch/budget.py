@@ -150,7 +150,7 @@ def cpu_name() -> str:
 def _read(path: Path) -> int | None:
     try:
         return int(json.loads(path.read_text())["max_batch_tokens"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -70,7 +70,7 @@ class Holder:
             values = json.loads(data)
             known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
             holder = cls(**known)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             return cls()
         right = all(type(getattr(holder, f.name)) is type(f.default) for f in fields(cls))
         return holder if right else cls()

@@ -38,6 +38,7 @@ from erniem_batch.job.units import (
     to_table,
     unit_id,
 )
+from erniem_batch.job.write import read_marks
 from erniem_batch.model.config import ErnieMConfig
 
 logger = logging.getLogger(__name__)
@@ -189,6 +190,20 @@ def _new_units(
     units = to_table(plan_units(files_of(new), config.bytes_per_unit, config.text_column, limit))
     require_unique(units)
     listing = _flat(folder.listing()["file"])
+    units, edition = _named_units(folder, info, plan, units, listing, edition, has_lost)
+    return _with_found_outputs(folder, info, plan, units, listing), edition
+
+
+def _named_units(
+    folder: RunFolder,
+    info: RunInfo,
+    plan: pa.Table,
+    units: pa.Table,
+    listing: pa.Array,
+    edition: int,
+    has_lost: bool,
+) -> tuple[pa.Table, int]:
+    """The units with names for their outputs, and the edition of the plan that they are."""
     is_damaged = has_lost or not folder.is_complete(info, plan)
     if is_damaged:
         named = readable_manifest(folder.output)
@@ -208,6 +223,38 @@ def _new_units(
     if info.generation > 1:
         numbered = pc.is_valid(units["path"])
     return _with_numbers(units, numbered, taken, edition)
+
+
+def _with_found_outputs(
+    folder: RunFolder, info: RunInfo, plan: pa.Table, units: pa.Table, listing: pa.Array
+) -> pa.Table:
+    """New units, of which those get their output back that a run has made by a lost plan.
+
+    Such a file is in no plan that can be read, and its marks name the unit and these settings.
+    """
+    stems = _stems(listing)
+    roots = pc.replace_substring_regex(stems, r"\.\d+$", "")
+    wanted = pc.replace_substring_regex(_flat(units["output"]), r"\.\d+$", "")
+    known = pa.concat_arrays(
+        [_flat(plan["output"]), pa.array(folder.older_outputs(info.generation), pa.string())]
+    )
+    is_stray = pc.and_(
+        pc.is_in(roots, value_set=wanted), pc.invert(pc.is_in(stems, value_set=known))
+    )
+    ids = set(units["id"].to_pylist())
+    outputs = {}
+    for name, stem in zip(
+        listing.filter(is_stray).to_pylist(), stems.filter(is_stray).to_pylist(), strict=True
+    ):
+        marks = read_marks(folder.output, name)
+        if marks is not None and marks.fingerprint == info.fingerprint and marks.unit in ids:
+            outputs[marks.unit] = stem
+    if not outputs:
+        return units
+    rows = units.select(["id", "output"]).to_pylist()
+    names = pa.array([outputs.get(row["id"], row["output"]) for row in rows], pa.string())
+    place = units.schema.get_field_index("output")
+    return units.set_column(place, units.schema.field(place), names)
 
 
 def _with_numbers(

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from erniem_batch import storage
 from erniem_batch.errors import CheckpointError, ConfigError, JobError
 from erniem_batch.job.apart import require_apart
 from erniem_batch.job.cluster import SPARE_CPUS, connect_to
+from erniem_batch.job.documents import damaged, known, parse_document
 from erniem_batch.job.lease import Lease, require_owner
 from erniem_batch.model.config import ErnieMConfig
 from erniem_batch.options import flag_name
@@ -34,6 +35,8 @@ SETTINGS = "_train/settings.json"
 REFUSED = "_train/refused.txt"
 DONE = "finetune_results.json"
 RESTARTS = 3
+# What to do about a damaged one of these files.
+REMEDY = "start anew with --overwrite"
 CHECKPOINTS_KEPT = 2
 
 
@@ -121,9 +124,13 @@ def _finished(config: FinetuneConfig, output: str) -> FinetuneReport | None:
     data = storage.read(storage.join(output, DONE))
     if data is None or config.overwrite:
         return None
-    content = json.loads(data)
+    path = storage.join(output, DONE)
+    content = parse_document(data, path, {"settings": dict, "report": dict}, REMEDY)
     _require_same(config, content["settings"])
-    return FinetuneReport(**content["report"])
+    try:
+        return FinetuneReport(**known(content["report"], [f.name for f in fields(FinetuneReport)]))
+    except TypeError:
+        raise damaged(path, "its report lacks a field", REMEDY) from None
 
 
 def _check_input(config: FinetuneConfig) -> None:
@@ -179,7 +186,7 @@ def _begun(config: FinetuneConfig, output: str) -> Mapping[str, Any] | None:
     """
     before = storage.read(storage.join(output, SETTINGS))
     if before is not None:
-        content: dict[str, Any] = json.loads(before)
+        content = parse_document(before, storage.join(output, SETTINGS), {}, REMEDY)
         _require_same(config, content)
         return content
     if storage.stat(storage.join(output, "config.json")) is not None:

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import shutil
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -433,3 +434,29 @@ def test_nothing_is_logged_of_a_sound_folder(night, job, caplog):
     assert status(str(night)).units_done == 3
     assert RunFolder(str(night)).read_report()["exit_code"] == 0
     assert caplog.records == []
+
+
+@pytest.mark.parametrize("rest", ["kept", "gone"])
+@pytest.mark.parametrize("how", [truncated, emptied, flipped, Path.unlink])
+def test_files_of_a_lost_plan_keep_their_names(tmp_path, job, how, rest):
+    """A second night is killed, and the segment of its plan is lost, or also its ledger."""
+    for i in range(3):
+        write_jsonl(tmp_path / "in" / f"{i}.jsonl", [{"text": f"Ada {i}"}])
+    job()
+    write_jsonl(tmp_path / "in" / "1.jsonl", [{"text": "new"}])
+    write_jsonl(tmp_path / "in" / "5.jsonl", [{"text": "five"}])
+    with pytest.raises(Killed):
+        job(units=1)
+    night = tmp_path / "out"
+    assert (night / "1.2.parquet").exists()
+    newest = segments_of(night, "plan")[-1]
+    assert newest.name == "001-00002.parquet"
+    how(newest)
+    if rest == "gone":
+        for path in segments_of(night, "ledger")[1:]:
+            path.unlink()
+    report, done = job()
+    assert (report.exit_code, [receipt.output for receipt in done]) == (0, ["5.parquet"])
+    names = {entry.name for entry in read_manifest(str(night)).files}
+    assert names == {"0.parquet", "1.2.parquet", "2.parquet", "5.parquet"}
+    assert {path.name for path in night.glob("*.parquet")} == names, "nothing is left unnamed"

@@ -26,7 +26,7 @@ from erniem_batch import (
     cli,
 )
 from erniem_batch.config import PredictorConfig
-from erniem_batch.errors import ConfigError, JobError
+from erniem_batch.errors import ConfigError, ErnieMBatchError, JobError
 from erniem_batch.gold import annotated
 from erniem_batch.job import lease as lease_module
 from erniem_batch.job.lease import require_owner
@@ -1720,6 +1720,19 @@ def test_a_training_that_wakes_up_late_writes_nothing(small_run, tmp_path, monke
     assert content
     assert {path: path.read_bytes() for path in content} == content
     assert not (tmp_path / "out" / run.RUN).exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[" * 5000, b"[]", b'{"settings": 5}', b"{}"])
+@pytest.mark.parametrize("name", [run.DONE, run.SETTINGS])
+def test_damaged_documents_of_a_training(small_run, tmp_path, name, content):
+    config, fits = small_run
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    with pytest.raises(ErnieMBatchError, match=r"(is damaged .*|other settings .*)--overwrite"):
+        run.finetune(config)
+    assert path.read_bytes() == content
+    assert fits == []
 
 
 def test_a_model_is_not_written_over(small_run, start):

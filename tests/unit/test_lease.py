@@ -317,3 +317,12 @@ def test_who_has_released_the_lease_writes_nothing_more(tmp_path, hold):
         with pytest.raises(JobError, match="this run is being stopped and writes nothing more"):
             effect()
     assert not (tmp_path / "file").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[" * 5000, b"null", b"[]", b'{"owner": 7}'])
+def test_a_damaged_lease_is_waited_for_and_taken_over(tmp_path, hold, content):
+    hold().release(ENDED)
+    (tmp_path / "_run" / "lease.json").write_bytes(content)
+    lease = hold()
+    lease.check()
+    assert _holder(tmp_path).owner == lease.holder.owner
