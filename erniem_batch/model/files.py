@@ -84,12 +84,17 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file of at most MAX_JSON_BYTES.
 
     Raises:
-        CheckpointError: the file is larger, damaged or nested too deeply, or an object in it holds
-            the same key twice, which programs read in different ways.
+        CheckpointError: the file is larger, damaged or nested too deeply; an object in it holds
+            the same key twice, which programs read in different ways; or a string in it has half
+            of a surrogate pair, which no file in UTF-8 can hold.
     """
     content = read_bytes(path, MAX_JSON_BYTES)
     try:
         values = json.loads(content.decode("utf-8"), object_pairs_hook=_object)
+        if b"\\ud" in content.lower():
+            json.dumps(values, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"{path}: a string has half of a surrogate pair") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON: {short_reason(error)}") from error
     if isinstance(values, dict | list) and _is_too_deep(values):

@@ -682,3 +682,15 @@ def test_a_huge_file_of_scores_is_not_read(tmp_path):
         file.truncate(1 << 30)
     with at_most(1 << 20), pytest.raises(ConfigError, match="at most 1,048,576 bytes, got 1,073"):
         read_thresholds(str(path))
+
+
+@pytest.mark.parametrize("half", [r"\ud800", r"\uDC00", r"\udc00\ud800", r"\ud83d"])
+@pytest.mark.parametrize("place", ['"{}": 1', '"a": ["{}"]', '"id2label": {{"0": "{}"}}'])
+def test_half_a_surrogate_pair_is_refused(tmp_path, half, place):
+    """No file in UTF-8 can hold it, so that a model could be read and not be saved."""
+    path = tmp_path / "config.json"
+    path.write_text("{" + place.format(half) + "}")
+    with pytest.raises(CheckpointError, match=r"config\.json: a string has half of a surrogate"):
+        read_json(path)
+    path.write_text("{" + place.format(r"\ud83d\ude00") + "}")
+    assert "\N{GRINNING FACE}" in repr(read_json(path))
