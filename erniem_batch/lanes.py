@@ -57,7 +57,10 @@ class Lanes:
         """Runs a function that calls `between_steps`, where others may interrupt it."""
         with self._lock:
             self._n_interruptible += 1
-        return self.submit(width, self._run_interruptible, partial(function, *args, **kwargs))
+        run = partial(self._run_interruptible, partial(function, *args, **kwargs))
+        future = self.submit(width, run)
+        future.add_done_callback(self._interruptible_is_over)  # cancelled ones too
+        return future
 
     def interrupt(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Runs a function between two steps of an interruptible one, or else on a free lane."""
@@ -91,19 +94,23 @@ class Lanes:
             return function()
         finally:
             self._of_thread.may_be_interrupted = False
-            with self._lock:
-                self._n_interruptible -= 1
-                is_last = not self._n_interruptible
-            while is_last and self._run_interrupting():
-                pass
 
-    def _run_interrupting(self) -> bool:
-        """Whether there was a function that waited to interrupt."""
+    def _interruptible_is_over(self, _: object) -> None:
+        """What waited to interrupt the last one gets a lane."""
+        left: list[Callable[[], None]] = []
+        with self._lock:
+            self._n_interruptible -= 1
+            if not self._n_interruptible:
+                left += self._interrupting
+                self._interrupting.clear()
+        for work in left:
+            self.submit(1, work)
+
+    def _run_interrupting(self) -> None:
         with self._lock:
             work = self._interrupting.popleft() if self._interrupting else None
         if work is not None:
             work()
-        return work is not None
 
     def _run(self, width: int, function: Callable[[], T]) -> T:
         if self.n_threads is not None:

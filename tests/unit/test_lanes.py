@@ -1,6 +1,8 @@
 """Threads of forward passes: how many of torch each gets."""
 
+import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +105,57 @@ def test_what_interrupts_runs_even_if_nothing_can_be_interrupted():
     go_on.set()
     assert [each.result(10) for each in late] == [0, 1, 2]
     assert running.result(10) is None
+    lanes.close()
+
+
+def test_an_interruptible_pass_that_was_cancelled_holds_nobody_up():
+    lanes = Lanes(1, 1)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        begun.set()
+        assert go_on.wait(10)
+
+    running = lanes.submit(1, wait)
+    assert begun.wait(10)
+    never = lanes.submit_interruptible(1, int, "1")
+    waiting = lanes.interrupt(int, "2")
+    assert never.cancel()
+    go_on.set()
+    assert waiting.result(10) == 2
+    assert lanes.interrupt(int, "3").result(10) == 3
+    running.result(10)
+    lanes.close()
+
+
+def test_nothing_gets_lost_among_many(threads_stay):
+    """Short and long passes of many threads, some cancelled: all end, and nothing is left."""
+    lanes = Lanes(2, 2)
+
+    def long(n: int) -> int:
+        for _ in range(n):
+            lanes.between_steps()
+        return n
+
+    def caller(seed: int) -> None:
+        draw = random.Random(seed)
+        for _ in range(300):
+            kind = draw.randrange(4)
+            if kind == 0:
+                future = lanes.submit_interruptible(draw.choice([1, 2]), long, 20)
+                if draw.random() < 0.3 and future.cancel():
+                    continue
+                assert future.result(10) == 20
+            elif kind == 1:
+                assert lanes.submit(draw.choice([1, 2]), int, "5").result(10) == 5
+            else:
+                assert lanes.interrupt(int, "6").result(10) == 6
+
+    with ThreadPoolExecutor(8) as callers:
+        for done in [callers.submit(caller, seed) for seed in range(8)]:
+            done.result(60)
+    assert lanes._n_interruptible == 0
+    assert not lanes._interrupting
     lanes.close()
 
 
