@@ -197,6 +197,7 @@ def _check_everything_bad(work, model, monkeypatch, n_good, long_bytes, unit_byt
     return report, extra, max(n_passes)
 
 
+@pytest.mark.slow  # tests/unit has each of these rows, with one kind at a time
 def test_everything_bad(tmp_path, ner_model_dir, monkeypatch):
     _check_everything_bad(tmp_path, ner_model_dir, monkeypatch, 2000, 100_000, 100_000)
 

@@ -405,7 +405,8 @@ def _content(path):
     return path.read_bytes() if path.is_file() else b""
 
 
-@pytest.mark.parametrize("n", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow  # the drill kills actors; tests/unit has the search for the row
+@pytest.mark.parametrize("n", [1, 3])
 def test_a_row_that_kills_its_process(tmp_path, ner_model_dir, local_ray, monkeypatch, n):
     """It ends in the dead letters, and no row beside it, nor of the other unit in the process."""
     killers = [("b.parquet", 7), ("b.parquet", 21), ("c.parquet", 0)][:n]

@@ -128,6 +128,7 @@ def test_one_model(url, run, service_dir, tmp_path):
     assert statuses == {200: 64}
 
 
+@pytest.mark.slow  # the drill of the service does this, too
 def test_a_change_of_model_under_load(url, run, service_dir, tokenizer, tmp_path):
     """No request fails, and the new model is ready before the old one goes."""
     other = save_tiny_ner_model(tmp_path / "other", tokenizer, num_hidden_layers=1)
@@ -173,6 +174,7 @@ def replica_pid() -> int:
     return int(replica["pid"])
 
 
+@pytest.mark.slow  # tests/unit has several models in one application
 def test_several_models(url, run, service_dir, ner_model_dir):
     """Each a deployment of its own; what they refuse reaches the client as what it is."""
     models = (
