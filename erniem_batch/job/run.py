@@ -7,7 +7,7 @@ of the plan are not done?".
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -142,7 +142,12 @@ def _run(config: JobConfig, on_receipt: OnReceipt | None, replay: bool) -> RunRe
             lease = Lease(output).acquire()
         released = partial(lease.release, STOPPED)
         with stopping.last_words(released), lease.held((Stopped, KeyboardInterrupt)):
-            return _go_on(config, on_receipt, lease, found, model, digest)
+            try:
+                return _go_on(config, on_receipt, lease, found, model, digest)
+            except StorageError:
+                with suppress(StorageError):
+                    lease.prove()  # another run may have removed what this one was writing
+                raise
 
 
 def _go_on(

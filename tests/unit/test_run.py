@@ -11,7 +11,7 @@ import pytest
 from fakes import KILLER, Killed, RefusingTagger, write_bytes, write_jsonl, write_parquet
 
 from erniem_batch import storage
-from erniem_batch.errors import ConfigError, JobError
+from erniem_batch.errors import ConfigError, JobError, StorageError
 from erniem_batch.job import finish, result_files, run
 from erniem_batch.job.actor import UnitTagger
 
@@ -159,6 +159,25 @@ def test_a_run_that_lost_its_lease_publishes_nothing(tmp_path, job, monkeypatch)
     with pytest.raises(JobError, match="another run has taken over"):
         job()
     assert texts(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_a_failure_of_a_run_that_lost_its_lease_is_told_as_that(
+    tmp_path, job, monkeypatch, is_lost
+):
+    """The other run has removed an unfinished file of this one: that is not what matters."""
+    corpus(tmp_path, 1)
+
+    def fail(folder, *_):
+        if is_lost:
+            storage.delete([f"{folder.output}/_run/lease.json"])
+            run.Lease(folder.output).acquire()
+        raise StorageError("x: another run has removed its unfinished file")
+
+    monkeypatch.setattr(run, "finish", fail)
+    error, text = (JobError, "taken over") if is_lost else (StorageError, "its unfinished file")
+    with pytest.raises(error, match=text):
+        job()
 
 
 def test_rows_that_do_not_add_up_are_not_published(tmp_path, job):
