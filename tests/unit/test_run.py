@@ -162,9 +162,7 @@ def test_a_run_that_lost_its_lease_publishes_nothing(tmp_path, job, monkeypatch)
 
 
 @pytest.mark.parametrize("is_lost", [True, False])
-def test_a_failure_of_a_run_that_lost_its_lease_is_told_as_that(
-    tmp_path, job, monkeypatch, is_lost
-):
+def test_a_run_that_lost_its_lease_says_so(tmp_path, job, monkeypatch, is_lost):
     """The other run has removed an unfinished file of this one: that is not what matters."""
     corpus(tmp_path, 1)
 
