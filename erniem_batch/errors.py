@@ -17,6 +17,7 @@ No message ever holds document text: ids, lengths, positions and type names only
 
 import traceback
 from pathlib import Path
+from typing import Any
 
 
 class ErnieMBatchError(Exception):
@@ -28,7 +29,13 @@ class ConfigError(ErnieMBatchError, ValueError):
 
 
 class DamagedFile(ConfigError):
-    """A file of a run folder is truncated, changed or not one of ours."""
+    """A file of a run folder is truncated, changed or not one of ours.
+
+    Attributes:
+        info: the `storage.FileInfo` of the damaged file, where a later file may have its name.
+    """
+
+    info: Any = None
 
 
 class CheckpointError(ErnieMBatchError):

@@ -705,13 +705,15 @@ def _remove(info: FileInfo) -> None:
         if is_remote(info.path):
             _remove_object(info)
         else:
-            _remove_local(info.path)
+            _remove_local(info)
 
 
-def _remove_local(path: str) -> None:
+def _remove_local(info: FileInfo) -> None:
     """Moves the file aside and looks at it, since no system call deletes a file conditionally."""
-    target = Path(_on_disk(path))
+    target = Path(_on_disk(info.path))
     before = os.stat(target)
+    if (before.st_size, _local_version(before)) != (info.size, info.version):
+        return
     aside = _temporary(target)
     os.rename(target, aside)
     if not _is_same(before, os.stat(aside)):  # it is another by now: back with it

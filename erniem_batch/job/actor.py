@@ -32,7 +32,7 @@ from erniem_batch.job.write import (
     COUNTS,
     Marks,
     add_predictions,
-    clear,
+    files_of_output,
     read_marks,
     write_tables,
 )
@@ -204,13 +204,15 @@ class UnitTagger:
         """Writes the unit's output, unless it is there; if it cannot, the receipt says why."""
         name = f"{unit.output}.{self._run.config.output_format}"
         try:
+            there = files_of_output(self._run.output, name)
             done = receipt_of_file(self._run.output, name, unit.id, self._run.fingerprint)
             if done is not None:
                 return done
             attempt = Attempt.next(self._run.output, unit.id)
             with self._turns.taken(alone=attempt.row_by_row), self._watchdog.watching(unit.id):
                 attempt.begin()
-                clear(self._run.output, name)
+                # It does not count. What has come since is of another attempt, and may count.
+                storage.remove(there)
                 try:
                     return self._work(unit, name, attempt)
                 except Conflict:  # another attempt was faster: its output is the one that counts

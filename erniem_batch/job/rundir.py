@@ -22,6 +22,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
@@ -348,7 +349,8 @@ class RunFolder:
             kind, name = path.rsplit("/", 2)[1:]
             aside = f"{self._folder}/{DAMAGED}/{kind}-{name}"
             logger.warning("moved to %s: %s", aside, error)
-            info, data = storage.stat(path), storage.read(path)
+            info = error.info or storage.stat(path)
+            data = storage.read(path)
             if info is not None and data is not None:
                 storage.write(aside, data)
                 storage.remove([info])
@@ -466,16 +468,24 @@ class RunFolder:
         """The rows of all segments that can be read, and the faults of the others by path."""
         schema = SCHEMAS[kind]
 
-        def read(path: str) -> pa.Table | DamagedFile:
-            try:
-                table = segments.read_segment(path, schema, LATER_COLUMNS, REMEDIES[kind])
-                _require_edition(kind, path, table)
-            except DamagedFile as error:
-                return error
+        def read(path: str) -> pa.Table:
+            table = segments.read_segment(path, schema, LATER_COLUMNS, REMEDIES[kind])
+            _require_edition(kind, path, table)
             return table
 
+        def read_twice(path: str) -> pa.Table | DamagedFile:
+            with suppress(DamagedFile):
+                return read(path)
+            # Once more, so that it is known which file is damaged: a later one may have its name.
+            info = storage.stat(path)
+            try:
+                return read(path)
+            except DamagedFile as error:
+                error.info = info
+                return error
+
         with ThreadPoolExecutor(LOOKING_THREADS) as pool:
-            found = list(pool.map(read, paths))
+            found = list(pool.map(read_twice, paths))
         tables = [table for table in found if isinstance(table, pa.Table)]
         lost = {p: e for p, e in zip(paths, found, strict=True) if isinstance(e, DamagedFile)}
         return pa.concat_tables(tables) if tables else schema.empty_table(), lost

@@ -22,6 +22,7 @@ from erniem_batch.job.documents import (
 from erniem_batch.job.findings import is_findings
 from erniem_batch.job.jsonvalues import json_line, json_values
 from erniem_batch.records import Prediction
+from erniem_batch.storage import FileInfo
 from erniem_batch.tasks.base import Task
 
 logger = logging.getLogger(__name__)
@@ -151,6 +152,7 @@ def _write_sidecar(output: str, name: str, marks: bytes) -> None:
     """
     path = sidecar(output, name)
     while True:
+        there = storage.stat(path)
         try:
             with storage.new_file(path, exclusive=True) as file:
                 file.write(marks)
@@ -158,20 +160,20 @@ def _write_sidecar(output: str, name: str, marks: bytes) -> None:
         except Conflict:
             if read_marks(output, name) is not None:
                 raise
-            _remove_if_there(path)  # of an attempt whose file is gone
+            # Of an attempt whose file is gone: what was there before the look at the marks.
+            storage.remove([] if there is None else [there])
 
 
-def clear(output: str, name: str) -> None:
-    """Removes an output file that does not count, so that a new one can be written."""
-    _remove_if_there(storage.join(output, name))
+def files_of_output(output: str, name: str) -> list[FileInfo]:
+    """What stands in the place of an output file now: the file, and for JSONL its sidecar.
+
+    To be asked before the marks are read: if these do not count, `storage.remove` removes exactly
+    these files, and nothing that another attempt has written since, however late that is.
+    """
+    paths = [storage.join(output, name)]
     if name.endswith(".jsonl"):
-        _remove_if_there(sidecar(output, name))
-
-
-def _remove_if_there(path: str) -> None:
-    info = storage.stat(path)
-    if info is not None:
-        storage.remove([info])
+        paths.append(sidecar(output, name))
+    return [info for info in map(storage.stat, paths) if info is not None]
 
 
 def read_marks(output: str, name: str) -> Marks | None:

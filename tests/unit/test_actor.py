@@ -463,3 +463,74 @@ def test_a_receipt_of_a_unit_with_too_many_rows_is_an_error(tmp_path, tag, monke
     )
     ((receipt,), _) = tag(write_jsonl(tmp_path / "a.jsonl", [{"text": "Ada"}] * 3))
     assert receipt["error"].startswith("AssertionError")
+
+
+# ---- late attempts ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("junk", [True, False])
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_an_attempt_that_slept_before_its_work_removes_nothing_new(
+    tmp_path, ner_model_dir, monkeypatch, suffix, junk
+):
+    """It saw no output that counts, stood still, and another attempt wrote one meanwhile.
+
+    Seen in the drill on S3: the late attempt removed it, and the manifest named a missing file.
+    """
+    source = write_jsonl(tmp_path / "in" / "a.jsonl", [{"text": f"Ada {i}"} for i in range(3)])
+    config = ner_config(
+        JobConfig,
+        model=str(ner_model_dir),
+        input=[str(source)],
+        output=str(tmp_path / "out"),
+        output_format=suffix,
+    )
+    files = list(files_of(find_files(config.input)))
+    schema = input_schema(files, config.text_column, config.carried_columns)
+    (unit,) = plan_units(files, config.bytes_per_unit, config.text_column)
+    first, second = make_tagger(config, schema), make_tagger(config, schema)
+    output = tmp_path / "out" / f"a.{suffix}"
+    if junk:  # of an attempt that died, and counts for nothing
+        write_bytes(output, b"junk")
+    begin, seen = Attempt.begin, {}
+
+    def late(self):
+        monkeypatch.setattr(Attempt, "begin", begin)
+        assert not second.tag(unit).error
+        seen.update({path: path.read_bytes() for path in (tmp_path / "out").rglob("*")
+                     if path.is_file() and "attempts" not in path.parts})  # fmt: skip
+        begin(self)
+
+    monkeypatch.setattr(Attempt, "begin", late)
+    receipt = first.tag(unit)
+    assert (receipt.error, receipt.found, receipt.n_ok) == ("", True, 3)
+    assert output in seen
+    assert {path: path.read_bytes() for path in seen} == seen
+    assert read_marks(str(tmp_path / "out"), output.name) is not None
+
+
+@pytest.mark.parametrize("at", range(1, 6))
+def test_a_file_that_came_after_the_look_is_not_removed(tmp_path, monkeypatch, at):
+    """Another process replaces the file before any of the system calls."""
+    path = write_bytes(tmp_path / "a", b"old")
+    listed = storage.stat(str(path))
+    calls = []
+
+    def counting(name, original):
+        def call(*arguments, **options):
+            calls.append(name)
+            if len(calls) == at:
+                path.unlink(missing_ok=True)
+                path.write_bytes(b"new, and larger")
+            return original(*arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("stat", "rename"):
+            patch.setattr(storage.os, name, counting(name, getattr(storage.os, name)))
+        storage.remove([listed])
+    if len(calls) >= at:
+        assert path.read_bytes() == b"new, and larger"
+    else:
+        assert not path.exists()

@@ -460,3 +460,22 @@ def test_files_of_a_lost_plan_keep_their_names(tmp_path, job, how, rest):
     names = {entry.name for entry in read_manifest(str(night)).files}
     assert names == {"0.parquet", "1.2.parquet", "2.parquet", "5.parquet"}
     assert {path.name for path in night.glob("*.parquet")} == names, "nothing is left unnamed"
+
+
+def test_a_plan_that_was_mended_meanwhile_is_not_set_aside(night, job, monkeypatch):
+    """The run stood still after it had seen the damage; another one has planned anew since."""
+    newest = segments_of(night, "plan")[-1]
+    before, sound = content(night), newest.read_bytes()
+    truncated(newest)
+    set_aside = RunFolder.set_aside
+
+    def late(self, lost):
+        if lost:
+            newest.unlink()
+            newest.write_bytes(sound)
+        set_aside(self, lost)
+
+    monkeypatch.setattr(RunFolder, "set_aside", late)
+    report, done = job()
+    assert (report.exit_code, done, content(night)) == (0, [], before)
+    assert newest.read_bytes() == sound
