@@ -13,6 +13,8 @@ from typing import Any
 
 from rich.console import Console
 
+from erniem_batch.job.manifest import read_manifest
+
 from .corpus import Corpus
 from .results import Result, is_data, names_in
 from .runs import HUNG, ROOT, Run, wait_until
@@ -108,7 +110,16 @@ class Case:
         self.runs.append(run)
         return run
 
+    def _is_overwritten(self) -> bool:
+        """Whether the new results are published."""
+        published = read_manifest(self.output)
+        return published is not None and published.generation > 1
+
     def _arguments(self) -> list[str]:
+        if "--overwrite" in self.setting.arguments and self._is_overwritten():
+            # Another one would start anew once more, with other names for the same results.
+            rest = [each for each in self.setting.arguments if each != "--overwrite"]
+            return ["ner", *rest, "--output", self.output, *self.pool]
         if self.setting.command == "replay":
             return ["replay", self.output, *self.setting.arguments, *self.pool]
         return ["ner", *self.setting.arguments, "--output", self.output, *self.pool]
