@@ -96,7 +96,7 @@ class Lanes:
             self._of_thread.may_be_interrupted = False
 
     def _interruptible_is_over(self, _: object) -> None:
-        """What waited to interrupt the last one gets a lane."""
+        """Starts the functions that waited to interrupt, if this pass was the last one."""
         left: list[Callable[[], None]] = []
         with self._lock:
             self._n_interruptible -= 1

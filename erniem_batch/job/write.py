@@ -165,7 +165,7 @@ def _write_sidecar(output: str, name: str, marks: bytes) -> None:
 
 
 def files_of_output(output: str, name: str) -> list[FileInfo]:
-    """What stands in the place of an output file now: the file, and for JSONL its sidecar.
+    """List the files that stand at an output's name now: the file, and for JSONL its sidecar.
 
     To be asked before the marks are read: if these do not count, `storage.remove` removes exactly
     these files, and nothing that another attempt has written since, however late that is.

@@ -186,7 +186,7 @@ class Device:
         return (not self._long_was_last, self._long_was_last)
 
     def _give_turn(self, is_long: bool) -> bool:
-        """Whether one of this kind got a turn."""
+        """Give a turn to one waiting request of this kind; return whether one got it."""
         waiting = self._waiting[is_long]
         while waiting and waiting[0].done():  # given up
             waiting.popleft()

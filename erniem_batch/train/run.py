@@ -121,10 +121,10 @@ def _train(config: FinetuneConfig, output: str, lease: Lease) -> FinetuneReport:
 
 def _finished(config: FinetuneConfig, output: str) -> FinetuneReport | None:
     """The report of the same training, if it is complete."""
-    data = storage.read(storage.join(output, DONE))
+    path = storage.join(output, DONE)
+    data = storage.read(path)
     if data is None or config.overwrite:
         return None
-    path = storage.join(output, DONE)
     content = parse_document(data, path, {"settings": dict, "report": dict}, REMEDY)
     _require_same(config, content["settings"])
     try:

@@ -111,7 +111,7 @@ class Case:
         return run
 
     def _is_overwritten(self) -> bool:
-        """Whether the new results are published."""
+        """Return whether the results of --overwrite are published."""
         published = read_manifest(self.output)
         return published is not None and published.generation > 1
 

@@ -467,7 +467,7 @@ def test_short_passes_interrupt_a_long_one():
 
 
 def test_one_pass_at_a_time_interrupts_another():
-    """What comes meanwhile waits, and shares the next pass."""
+    """Requests that arrive meanwhile wait and share the next pass."""
 
     async def test() -> None:
         engine, device = InterruptibleEngine(), Device(1, interruptible=True)

@@ -184,7 +184,7 @@ def test_an_error_of_what_interrupts_is_its_own():
 
 
 def test_interrupted_passes_give_the_same_rows(tmp_path):
-    """Of two predictors on one device, whichever step the one interrupts."""
+    """A short pass interrupts a long one before each of its steps in turn."""
     tokenizer = ErnieMTokenizer.from_pretrained(TOKENIZER)
     lanes = Lanes(1, 1)
     save_tiny_ner_model(tmp_path, tokenizer)
